@@ -1,0 +1,7 @@
+"""Batch exports from ClickHouse to Postgres, as Dagster assets."""
+
+from pg_exports.clickhouse import ClickHouseResource
+from pg_exports.export import PostgresExport
+from pg_exports.postgres import PostgresIOManager, PostgresResource
+
+__all__ = ["ClickHouseResource", "PostgresExport", "PostgresIOManager", "PostgresResource"]

@@ -1,0 +1,77 @@
+"""What ClickHouse's refusals mean, for the person who reads them."""
+
+from clickhouse_connect.driver.exceptions import Error
+
+from pg_exports.errors import PassingError, SourceError
+
+# From ClickHouse's ErrorCodes.cpp: those that a later try may not meet.
+PASSING_CODES = frozenset(
+    {
+        3,  # UNEXPECTED_END_OF_FILE
+        32,  # ATTEMPT_TO_READ_AFTER_EOF
+        159,  # TIMEOUT_EXCEEDED
+        202,  # TOO_MANY_SIMULTANEOUS_QUERIES
+        203,  # NO_FREE_CONNECTION
+        209,  # SOCKET_TIMEOUT
+        210,  # NETWORK_ERROR
+        236,  # ABORTED
+        241,  # MEMORY_LIMIT_EXCEEDED
+        279,  # ALL_CONNECTION_TRIES_FAILED
+        289,  # REPLICA_IS_NOT_IN_QUORUM
+        319,  # UNKNOWN_STATUS_OF_INSERT
+        369,  # ALL_REPLICAS_ARE_STALE
+        394,  # QUERY_WAS_CANCELLED
+        425,  # SYSTEM_ERROR
+        439,  # CANNOT_SCHEDULE_TASK
+        459,  # CANNOT_SET_THREAD_PRIORITY
+        473,  # DEADLOCK_AVOIDED
+        499,  # S3_ERROR
+        745,  # SERVER_OVERLOADED
+        999,  # KEEPER_EXCEPTION
+    }
+)
+
+_REMEDIES = {
+    47: "A column is missing: the models read PostHog's tables, column by column as the README lists them.",
+    60: "A source table is missing: check the connection's `database` (CLICKHOUSE_DATABASE).",
+    81: "Check the connection's `database` (CLICKHOUSE_DATABASE).",
+    115: "Check the connection's `settings`.",
+    192: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
+    193: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
+    194: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
+    497: "The ClickHouse user needs SELECT on the model's source tables: `GRANT SELECT ON <database>.* TO <user>`.",
+    516: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
+}
+
+
+def explained(error: Error, address: str) -> SourceError | PassingError:
+    """The error to raise for one of clickhouse-connect: with an address, ClickHouse's own words and a remedy."""
+    text = str(error)
+    if error.code is None:
+        return _no_answer(text, address)
+    return refused(text, error.code, address)
+
+
+def refused(text: str, code: int | None, address: str) -> SourceError | PassingError:
+    """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream."""
+    said = f"ClickHouse at {address} answered with an error: {text.strip()}"
+    if code in PASSING_CODES:
+        return PassingError(said)
+    return SourceError(f"{said}\n{_REMEDIES.get(code or 0, 'The query is in the materialisation of the asset.')}")
+
+
+def _no_answer(text: str, address: str) -> SourceError | PassingError:
+    if "CERTIFICATE_VERIFY_FAILED" in text or "certificate" in text.lower():
+        return SourceError(
+            f"The certificate of ClickHouse at {address} could not be verified: {text}\nSet `ca_certificate` "
+            "(CLICKHOUSE_CA_CERTIFICATE) to the file of the authority that signed it, and `host` to a name in it."
+        )
+    if "SSL" in text:
+        return SourceError(
+            f"ClickHouse at {address} does not speak TLS on this port: {text}\nCheck `port` and `secure` "
+            "(CLICKHOUSE_PORT, CLICKHOUSE_SECURE)."
+        )
+    return PassingError(
+        f"ClickHouse at {address} does not answer: {text}\nIs it running, and are `host`, `port` and `secure` "
+        "(CLICKHOUSE_HOST, CLICKHOUSE_PORT, CLICKHOUSE_SECURE) right?"
+    )

@@ -1,0 +1,302 @@
+"""PostgresExport: one export's settings, and the asset, job and schedule that they become.
+
+What is exported is `models/`'s business, when is `partitions`'; how rows are read and written is further down.
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from datetime import UTC, date, datetime
+from typing import Annotated, Any, Literal
+
+import dagster as dg
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+
+from pg_exports.clickhouse import ClickHouseResource
+from pg_exports.errors import SettingsError
+from pg_exports.interval import Interval, IntervalFrames
+from pg_exports.models import MODELS, Model, Query, Selection
+from pg_exports.partitions import Grid, IntervalLength, intervals
+from pg_exports.postgres import PostgresIOManager, PostgresResource
+from pg_exports.postgres import io_manager as io
+from pg_exports.postgres.table import Destination
+from pg_exports.postgres.tls import SYSTEM, VerifyServerIdentity
+
+OWNER = "team:pg_exports"
+
+_VARIABLE = re.compile(r"\{\{\s*env\.(\w+)\s*\}\}")
+
+
+def _as_written(context: dg.ResolutionContext, value: object) -> object:
+    """A YAML value with its templates filled in; reading it is the field's own business."""
+    return context.resolve_value(value)
+
+
+class InlineConnection(dg.Resolvable, BaseModel):
+    """A Postgres server that one export alone writes to; its fields are those of `PostgresResource`."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+    host: str
+    port: int = 5432
+    user: str
+    password: Annotated[SecretStr, dg.Resolver(_as_written, model_field_type=str)] = SecretStr("")
+    verify_server_identity: VerifyServerIdentity = "ca-and-hostname"
+    root_certificate: str = Field(default=SYSTEM, repr=False)
+
+    def resource(self, database: str) -> PostgresResource:
+        """The connection as a resource, to one database."""
+        return PostgresResource(
+            host=self.host,
+            port=self.port,
+            user=self.user,
+            password=self.password.get_secret_value(),
+            database=database,
+            verify_server_identity=self.verify_server_identity,
+            root_certificate=self.root_certificate,
+        )
+
+
+class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
+    """One model sent to one Postgres table on one interval.
+
+    In YAML:
+
+        type: pg_exports.PostgresExport
+        attributes:
+          model: events
+          team_id: 1
+          start: 2026-11-20
+
+    In Python: `PostgresExport(model="events", team_id=1, start="2026-11-20").build_defs(None)`.
+
+    Its asset needs the resources `clickhouse` and `<connection>_io_manager`.
+    """
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, hide_input_in_errors=True)
+
+    exported_model: Literal["events", "persons", "sessions"] = Field(
+        alias="model", description="What to export: events, persons or sessions."
+    )
+    team_id: int = Field(ge=0, description="ClickHouse team whose rows are exported.")
+    start: Annotated[str | date | datetime, dg.Resolver(_as_written, model_field_type=str | date | datetime)] = Field(
+        description="Beginning of the first interval: an ISO date (the period that begins on that date, at offset_hour) "
+        "or datetime (read in timezone, or converted to it when it carries an offset)."
+    )
+    name: str | None = Field(
+        default=None,
+        pattern="^[A-Za-z0-9_]+$",
+        description="The asset's key; the model's name by default. A second export of one model needs its own.",
+    )
+    interval: IntervalLength = Field(
+        default="hour", description="Length of an interval: hour, day, week, every 5 minutes or every 15 minutes."
+    )
+    timezone: str = Field(default="UTC", description="IANA timezone in which days and weeks begin.")
+    offset_hour: int = Field(default=0, ge=0, le=23, description="Hour at which a day or week begins.")
+    offset_day: int = Field(default=0, ge=0, le=6, description="Day on which a week begins, 0 = Sunday.")
+    include_events: list[str] = Field(default=[], description="Events to export, by name; empty = all.")
+    exclude_events: list[str] = Field(default=[], description="Events to leave out, by name.")
+    database: str | None = Field(
+        default=None, description="Destination database; the connection's by default, required with an inline connection."
+    )
+    destination_schema: str = Field(default="public", alias="schema", description="Destination schema. It must exist.")
+    table: str | None = Field(default=None, description="Destination table; the model's name by default.")
+    connection: Annotated[
+        str | InlineConnection,
+        dg.Resolver(
+            _as_written,
+            model_field_type=str | dict,
+            description="Resource key of a connection, or host, port, user, password, verify_server_identity and "
+            "root_certificate of one that only this export uses.",
+        ),
+    ] = "postgres"
+    paused: bool = Field(default=False, description="The schedule starts stopped.")
+
+    @classmethod
+    def resolve_from_model(cls, context: dg.ResolutionContext, model: BaseModel) -> "PostgresExport":
+        """The export that a YAML file describes.
+
+        Raises:
+            SettingsError: an attribute is missing or wrong, or an environment variable is not set; with the export's
+                name. No value is shown, as it may be a secret.
+        """
+        written = model.model_dump(by_alias=True, exclude_unset=True)
+        who = f"Export {written.get('name') or written.get('model')}"
+        missing = sorted(set(_VARIABLE.findall(json.dumps(written, default=str))) - set(os.environ))
+        if missing:
+            raise SettingsError(
+                f"{who}: the environment variable {', '.join(missing)} is not set. Set it where Dagster runs (or in the "
+                ".env file of the project), or write the value into the export's YAML."
+            )
+        try:
+            return super().resolve_from_model(context, model)
+        except ValidationError as error:
+            raise SettingsError(f"{who}: {_sentence(error)}") from None
+        except SettingsError as error:
+            raise SettingsError(f"{who}: {error}") from None
+
+    @field_validator("connection", mode="before")
+    @classmethod
+    def _read_inline_connection(cls, value: object) -> object:
+        if not isinstance(value, Mapping):
+            return value
+        try:
+            return InlineConnection(**value)
+        except ValidationError as error:
+            # As text: a nested pydantic error would print the password beside the field at fault.
+            raise ValueError(_sentence(error)) from None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "PostgresExport":
+        if self.interval != "week" and self.offset_day:
+            raise ValueError("`offset_day` is for `interval: week`")
+        if self.interval not in ("day", "week") and self.offset_hour:
+            raise ValueError("`offset_hour` is for `interval: day` and `interval: week`")
+        if self.exported_model != "events" and (self.include_events or self.exclude_events):
+            raise ValueError("`include_events` and `exclude_events` are for `model: events`")
+        if isinstance(self.connection, InlineConnection) and self.database is None:
+            raise ValueError("`database` is required with an inline `connection`")
+        return self
+
+    @property
+    def key(self) -> str:
+        """The asset's key."""
+        return self.name or self.exported_model
+
+    @property
+    def destination(self) -> Destination:
+        """Where the rows go.
+
+        Raises:
+            SettingsError: a name is empty or too long for Postgres.
+        """
+        return Destination(self.database, self.destination_schema, self.table or self.exported_model)
+
+    def build_defs(self, context: dg.ComponentLoadContext | None) -> dg.Definitions:
+        """The export's asset, job and schedule. The context is not used: None will do.
+
+        Raises:
+            SettingsError: the settings contradict each other; with the export's name.
+        """
+        try:
+            asset = self._asset()
+        except SettingsError as error:
+            raise SettingsError(f"Export {self.key}: {error}") from None
+        job = dg.define_asset_job(f"{self.key}_job", selection=[asset], description=f"Exports {self.key}.")
+        return dg.Definitions(assets=[asset], jobs=[job], schedules=[self._schedule(asset, job)])
+
+    def _asset(self) -> dg.AssetsDefinition:
+        model = MODELS[self.exported_model]
+        partitions = self._grid().partitions(self.start)
+
+        @dg.asset(
+            name=self.key,
+            description=f"{model.description} Team {self.team_id}, into {self.destination.qualified}.",
+            group_name="pg_exports",
+            kinds={"clickhouse", "polars", "postgres"},
+            owners=[OWNER],
+            partitions_def=partitions,
+            backfill_policy=dg.BackfillPolicy.single_run(),
+            pool=self._connection_key(),
+            metadata=self._metadata(model),
+            **self._io_manager(),
+        )
+        def export(context: dg.AssetExecutionContext, clickhouse: ClickHouseResource) -> IntervalFrames:
+            ends = context.partition_key_range
+            asked = intervals(partitions, context.partition_keys, [ends.start, ends.end], datetime.now(UTC))
+            return self._frames(context, clickhouse, model, asked)
+
+        return export
+
+    def _frames(
+        self,
+        context: dg.AssetExecutionContext,
+        clickhouse: ClickHouseResource,
+        model: Model,
+        asked: tuple[Interval, ...],
+    ) -> IntervalFrames:
+        query_of = model.query
+        if model.dictionary and model.query_without_dictionary and not clickhouse.has_dictionary(model.dictionary):
+            query_of = model.query_without_dictionary
+            context.log.warning(
+                f"The dictionary {model.dictionary} is not in ClickHouse's database {clickhouse.database}, or not to be "
+                "seen by this user: the columns that need it are NULL."
+            )
+
+        def query(interval: Interval) -> Query:
+            include, exclude = tuple(self.include_events), tuple(self.exclude_events)
+            return query_of(Selection(self.team_id, interval.start, interval.end, include, exclude))
+
+        def read(interval: Interval) -> AbstractContextManager[Any]:
+            comment = {"run_id": context.run_id, "export": self.key, "partition": interval.partition_key}
+            return clickhouse.frames(query(interval), model, log_comment=json.dumps(comment))
+
+        return IntervalFrames(
+            export=self.key,
+            model=model,
+            team_id=self.team_id,
+            intervals=asked,
+            read=read,
+            sql=lambda interval: query(interval).for_console(),
+        )
+
+    def _schedule(self, asset: dg.AssetsDefinition, job: Any) -> dg.ScheduleDefinition:
+        partitions = asset.partitions_def
+        assert partitions is not None
+
+        @dg.schedule(
+            name=f"{self.key}_schedule",
+            job=job,
+            cron_schedule=self._grid().schedule,
+            execution_timezone=self.timezone,
+            default_status=dg.DefaultScheduleStatus.STOPPED if self.paused else dg.DefaultScheduleStatus.RUNNING,
+            description=f"Exports {self.key} one minute after each interval's end.",
+        )
+        def newest_interval(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+            with dg.partition_loading_context(effective_dt=context.scheduled_execution_time):
+                key = partitions.get_last_partition_key()
+            if key is None:
+                return dg.SkipReason(f"No interval is over yet: the first one begins at `start` {self.start}.")
+            return dg.RunRequest(partition_key=key)
+
+        return newest_interval
+
+    def _grid(self) -> Grid:
+        return Grid(self.interval, self.timezone, self.offset_hour, self.offset_day)
+
+    def _connection_key(self) -> str:
+        return self.connection if isinstance(self.connection, str) else "postgres"
+
+    def _io_manager(self) -> dict[str, Any]:
+        if isinstance(self.connection, str):
+            return {"io_manager_key": f"{self.connection}_io_manager"}
+        connection = self.connection.resource(self.database or "")
+        return {"io_manager_def": PostgresIOManager(postgres=connection)}
+
+    def _metadata(self, model: Model) -> dict[str, Any]:
+        destination = self.destination
+        names = (destination.database, destination.schema, destination.table)
+        columns = [
+            dg.TableColumn(column.name, type=column.postgres_type) for column in model.columns if not column.optional
+        ]
+        return {
+            "dagster/table_name": ".".join(name for name in names if name),
+            "dagster/column_schema": dg.TableSchema(columns=columns),
+            io.MODEL: model.name,
+            io.TEAM_ID: self.team_id,
+            io.SCHEMA: destination.schema,
+            io.TABLE: destination.table,
+            **({io.DATABASE: destination.database} if destination.database else {}),
+        }
+
+
+def _sentence(error: ValidationError) -> str:
+    """A pydantic error in one line an attribute, without the values, which may be secrets."""
+    return "; ".join(
+        f"`{'.'.join(str(part) for part in problem['loc'] if isinstance(part, (str, int)))}`: {problem['msg']}"
+        if problem["loc"]
+        else str(problem["msg"])
+        for problem in error.errors(include_url=False, include_input=False, include_context=False)
+    )

@@ -1,0 +1,14 @@
+"""What can be exported: one module a model, with its columns and its ClickHouse query. No I/O and no driver here.
+
+`model` has the words; `events`, `persons` and `sessions` are PostHog's three; `json_text` and `channel_type` serve them.
+"""
+
+from pg_exports.models.events import EVENTS
+from pg_exports.models.model import FRAME_TYPES, Column, Kind, Merge, Model, Query, Selection
+from pg_exports.models.persons import PERSONS
+from pg_exports.models.sessions import SESSIONS
+
+MODELS = {model.name: model for model in (EVENTS, PERSONS, SESSIONS)}
+"""The built-in models by name."""
+
+__all__ = ["FRAME_TYPES", "MODELS", "Column", "Kind", "Merge", "Model", "Query", "Selection"]

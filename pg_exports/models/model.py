@@ -1,0 +1,174 @@
+"""What a model is: its columns, how its rows meet those already in Postgres, and its ClickHouse query.
+
+Nothing here talks to a database. The models themselves are the modules beside this one.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import Enum
+
+import polars as pl
+
+
+class Kind(Enum):
+    """What a column's values are, whatever the type that the destination has for them.
+
+    The value is the Polars type of the column in a frame: JSON travels as its text, whole numbers of every width as
+    64-bit integers, times as microseconds in UTC.
+    """
+
+    TEXT = "text"
+    JSON = "JSON"
+    INTEGER = "integer"
+    FLOAT = "float"
+    BOOLEAN = "boolean"
+    TIMESTAMP = "timestamp"
+    TEXT_LIST = "list of text"
+
+
+FRAME_TYPES: Mapping[Kind, pl.DataType] = {
+    Kind.TEXT: pl.String(),
+    Kind.JSON: pl.String(),
+    Kind.INTEGER: pl.Int64(),
+    Kind.FLOAT: pl.Float64(),
+    Kind.BOOLEAN: pl.Boolean(),
+    Kind.TIMESTAMP: pl.Datetime("us", "UTC"),
+    Kind.TEXT_LIST: pl.List(pl.String()),
+}
+"""The Polars type of each kind of column in a frame."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a model: its name on both sides, its kind, and its type in a table that an export creates.
+
+    An optional column is not created; it is filled where the destination has it.
+    """
+
+    name: str
+    kind: Kind
+    postgres_type: str
+    optional: bool = False
+
+
+def varchar(name: str) -> Column:
+    """A VARCHAR(200) column, PostHog's own width."""
+    return Column(name, Kind.TEXT, "VARCHAR(200)")
+
+
+def text(name: str, *, optional: bool = False) -> Column:
+    """A TEXT column."""
+    return Column(name, Kind.TEXT, "TEXT", optional)
+
+
+def jsonb(name: str, *, optional: bool = False) -> Column:
+    """A JSONB column."""
+    return Column(name, Kind.JSON, "JSONB", optional)
+
+
+def integer(name: str) -> Column:
+    """An INTEGER column."""
+    return Column(name, Kind.INTEGER, "INTEGER")
+
+
+def bigint(name: str) -> Column:
+    """A BIGINT column."""
+    return Column(name, Kind.INTEGER, "BIGINT")
+
+
+def timestamptz(name: str, *, optional: bool = False) -> Column:
+    """A TIMESTAMP WITH TIME ZONE column."""
+    return Column(name, Kind.TIMESTAMP, "TIMESTAMP WITH TIME ZONE", optional)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How a row replaces the one with the same primary key that Postgres holds.
+
+    It does when its `version` columns, compared in order with NULL lowest, are greater. With `or_changed` it also does
+    when they are equal and any other column differs.
+    """
+
+    version: tuple[str, ...]
+    or_changed: bool = False
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which rows of a model to read: one team, one interval of insertion time in UTC, and filters on event names."""
+
+    team_id: int
+    start: datetime
+    end: datetime
+    include_events: tuple[str, ...] = ()
+    exclude_events: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The query parameters that every model's query takes."""
+        return {
+            "team_id": self.team_id,
+            "interval_start": _clickhouse_time(self.start),
+            "interval_end": _clickhouse_time(self.end),
+        }
+
+
+@dataclass(frozen=True)
+class Query:
+    """A ClickHouse statement with `{name:Type}` placeholders, and the values that are bound to them."""
+
+    sql: str
+    parameters: Mapping[str, object]
+
+    def for_console(self) -> str:
+        """The query with its values as `SET param_...` lines before it, to be pasted into clickhouse-client."""
+        settings = "".join(f"SET param_{name} = {_console_value(value)};\n" for name, value in self.parameters.items())
+        return f"{settings}{self.sql.strip()};\n"
+
+
+def _as_it_is(frame: pl.DataFrame) -> pl.DataFrame:
+    return frame
+
+
+@dataclass(frozen=True)
+class Model:
+    """What can be exported.
+
+    Attributes:
+        name: as in an export's `model`.
+        description: what its rows are, for the asset's page.
+        columns: default and optional columns in the order in which they are created.
+        key: columns that identify a row. With `merge` they are the table's primary key; without, a destination must have
+            at least the first, by which rows that are there are told from new ones.
+        merge: None for a model whose rows are only appended.
+        query: the ClickHouse query of a selection. It gives every column of the model, and may give more for `finish`.
+        finish: what is left to do on each frame of the query's answer; it gives exactly the model's columns.
+        dictionary: a ClickHouse dictionary that `query_without_dictionary` does without.
+        query_without_dictionary: the query for a source that lacks the dictionary.
+    """
+
+    name: str
+    description: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...]
+    merge: Merge | None
+    query: Callable[[Selection], Query]
+    finish: Callable[[pl.DataFrame], pl.DataFrame] = _as_it_is
+    dictionary: str | None = None
+    query_without_dictionary: Callable[[Selection], Query] | None = None
+
+
+def _clickhouse_time(time: datetime) -> str:
+    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def _console_value(value: object) -> str:
+    if isinstance(value, (list, tuple)):
+        items = ", ".join(_quoted(str(item)) for item in value)
+        return _quoted(f"[{items}]")
+    return str(value) if isinstance(value, int) else _quoted(str(value))
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,89 @@
+"""persons: one row for each distinct_id, with the person that it maps to now, in its latest state."""
+
+from pg_exports.models.model import Column, Kind, Merge, Model, Query, Selection, integer, jsonb, text, timestamptz
+
+# The ids that the interval touches come first, so that only their rows are aggregated: of 1.2 million mappings with
+# 5,770 touched that takes half the time and a third of the memory of grouping them all.
+SQL = """
+WITH
+    touched_mappings AS (
+        SELECT DISTINCT pdi.distinct_id AS distinct_id
+        FROM person_distinct_id2 AS pdi
+        WHERE pdi.team_id = {team_id:Int64}
+            AND pdi._timestamp >= {interval_start:DateTime64(6, 'UTC')}
+            AND pdi._timestamp < {interval_end:DateTime64(6, 'UTC')}
+    ),
+    touched_persons AS (
+        SELECT DISTINCT p.id AS person_id
+        FROM person AS p
+        WHERE p.team_id = {team_id:Int64}
+            AND p._timestamp >= {interval_start:DateTime64(6, 'UTC')}
+            AND p._timestamp < {interval_end:DateTime64(6, 'UTC')}
+    ),
+    mappings AS (
+        SELECT
+            pdi.distinct_id AS distinct_id,
+            argMax((pdi.person_id, pdi.is_deleted), (pdi.version, pdi._timestamp, pdi._offset)) AS latest,
+            latest.1 AS person_id,
+            latest.2 AS is_deleted,
+            max(pdi.version) AS version
+        FROM person_distinct_id2 AS pdi
+        WHERE pdi.team_id = {team_id:Int64}
+            AND pdi.distinct_id GLOBAL IN (
+                SELECT distinct_id FROM touched_mappings
+                UNION DISTINCT
+                SELECT distinct_id FROM person_distinct_id2
+                WHERE team_id = {team_id:Int64} AND person_id GLOBAL IN (SELECT person_id FROM touched_persons)
+            )
+        GROUP BY pdi.distinct_id
+        HAVING distinct_id GLOBAL IN (SELECT distinct_id FROM touched_mappings)
+            OR person_id GLOBAL IN (SELECT person_id FROM touched_persons)
+    ),
+    persons AS (
+        SELECT
+            p.id AS person_id,
+            argMax((p.properties, p.created_at, p.is_deleted), (p.version, p._timestamp, p._offset)) AS latest,
+            latest.1 AS properties,
+            latest.2 AS created_at,
+            latest.3 AS is_deleted,
+            max(p.version) AS version
+        FROM person AS p
+        WHERE p.team_id = {team_id:Int64} AND p.id GLOBAL IN (SELECT person_id FROM mappings)
+        GROUP BY p.id
+    )
+SELECT
+    {team_id:Int64} AS team_id,
+    mappings.distinct_id AS distinct_id,
+    toString(mappings.person_id) AS person_id,
+    nullIf(persons.properties, '') AS properties,
+    mappings.version AS person_distinct_id_version,
+    persons.version AS person_version,
+    toDateTime64(persons.created_at, 6, 'UTC') AS created_at,
+    persons.is_deleted OR mappings.is_deleted AS is_deleted
+FROM mappings
+GLOBAL INNER JOIN persons ON persons.person_id = mappings.person_id
+"""
+
+
+def query(selection: Selection) -> Query:
+    """Every distinct_id of which the mapping or the person has a row in the interval, in its latest state."""
+    return Query(SQL, selection.parameters)
+
+
+PERSONS = Model(
+    name="persons",
+    description="Every distinct_id with the person that it maps to and the person's latest properties.",
+    columns=(
+        integer("team_id"),
+        text("distinct_id"),
+        text("person_id"),
+        jsonb("properties"),
+        integer("person_distinct_id_version"),
+        integer("person_version"),
+        timestamptz("created_at"),
+        Column("is_deleted", Kind.BOOLEAN, "BOOLEAN", optional=True),
+    ),
+    key=("team_id", "distinct_id"),
+    merge=Merge(version=("person_distinct_id_version", "person_version")),
+    query=query,
+)

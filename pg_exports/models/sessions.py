@@ -1,0 +1,156 @@
+"""sessions: one row for each session, as it stands when the query runs. Its channel type has a module of its own."""
+
+from pg_exports.models import channel_type
+from pg_exports.models.model import Column, Kind, Merge, Model, Query, Selection, bigint, integer, text, timestamptz
+
+# What a session began with: its columns are called entry_NAME, the source's states initial_NAME.
+ATTRIBUTION = ("utm_source", "utm_campaign", "utm_medium", "utm_term", "utm_content")
+REFERRAL = ("referring_domain", "gclid", "fbclid", "gad_source")
+CLICK_IDS = (
+    "gclsrc",
+    "dclid",
+    "gbraid",
+    "wbraid",
+    "msclkid",
+    "twclid",
+    "li_fat_id",
+    "mc_cid",
+    "igshid",
+    "ttclid",
+    "_kx",
+    "irclid",
+)
+
+BOUNCE_SECONDS = 10
+"""A session of one pageview that lasts as long as this is no bounce (MODELS: is_bounce)."""
+
+_SESSION_HOUR = "toStartOfHour(fromUnixTimestamp(intDiv(toUInt64(bitShiftRight(session_id_v7, 80)), 1000)))"
+
+# The touched sessions' hours are a prefix of the table's sort key: 16 ms instead of 57 ms on a million sessions.
+SQL = """
+WITH
+    touched AS (
+        SELECT DISTINCT session_id_v7, __SESSION_HOUR__ AS session_hour
+        FROM raw_sessions
+        WHERE team_id = {team_id:Int64}
+            AND max_inserted_at >= {interval_start:DateTime64(6, 'UTC')}
+            AND max_inserted_at < {interval_end:DateTime64(6, 'UTC')}
+    ),
+    sessions AS (
+        SELECT
+            s.session_id_v7 AS session_id_v7,
+            argMaxMerge(s.distinct_id) AS distinct_id,
+            min(s.min_timestamp) AS start_timestamp,
+            max(s.max_timestamp) AS end_timestamp,
+            arraySort(groupUniqArrayArray(s.urls)) AS urls,
+            argMinMerge(s.entry_url) AS entry_current_url,
+            argMaxMerge(s.end_url) AS end_current_url,
+            __ENTRY_COLUMNS__,
+            uniqMerge(s.pageview_uniq) AS pageview_count,
+            uniqMerge(s.autocapture_uniq) AS autocapture_count,
+            uniqMerge(s.screen_uniq) AS screen_count,
+            argMaxMerge(s.last_external_click_url) AS last_external_click_url,
+            uniqUpToMerge(1)(s.page_screen_autocapture_uniq_up_to) AS page_screen_autocapture_count_up_to,
+            argMinMerge(s.vitals_lcp) AS vitals_lcp,
+            dateDiff('second', start_timestamp, end_timestamp) AS duration
+        FROM raw_sessions AS s
+        WHERE s.team_id = {team_id:Int64}
+            AND __SESSION_HOUR__ GLOBAL IN (SELECT session_hour FROM touched)
+            AND s.session_id_v7 GLOBAL IN (SELECT session_id_v7 FROM touched)
+        GROUP BY s.session_id_v7
+        HAVING max(s.max_inserted_at) >= {interval_start:DateTime64(6, 'UTC')}
+            AND max(s.max_inserted_at) < {interval_end:DateTime64(6, 'UTC')}
+    )
+SELECT
+    toString(reinterpretAsUUID(bitOr(bitShiftLeft(sessions.session_id_v7, 64), bitShiftRight(sessions.session_id_v7, 64))))
+        AS session_id,
+    toString(sessions.session_id_v7) AS session_id_v7,
+    {team_id:Int64} AS team_id,
+    sessions.distinct_id AS distinct_id,
+    sessions.start_timestamp AS start_timestamp,
+    sessions.end_timestamp AS end_timestamp,
+    sessions.urls AS urls,
+    length(sessions.urls) AS num_uniq_urls,
+    sessions.entry_current_url AS entry_current_url,
+    path(sessions.entry_current_url) AS entry_pathname,
+    domain(sessions.entry_current_url) AS entry_hostname,
+    sessions.end_current_url AS end_current_url,
+    path(sessions.end_current_url) AS end_pathname,
+    domain(sessions.end_current_url) AS end_hostname,
+    __ENTRY_NAMES__,
+    sessions.pageview_count AS pageview_count,
+    sessions.autocapture_count AS autocapture_count,
+    sessions.screen_count AS screen_count,
+    __CHANNEL_TYPE__ AS channel_type,
+    sessions.duration AS session_duration,
+    sessions.duration AS duration,
+    multiIf(
+        sessions.pageview_count = 0, NULL,
+        sessions.pageview_count > 1 OR sessions.autocapture_count > 0 OR sessions.duration >= __BOUNCE_SECONDS__, 0,
+        1
+    ) AS is_bounce,
+    sessions.last_external_click_url AS last_external_click_url,
+    sessions.page_screen_autocapture_count_up_to AS page_screen_autocapture_count_up_to,
+    sessions.end_current_url AS exit_current_url,
+    path(sessions.end_current_url) AS exit_pathname,
+    sessions.vitals_lcp AS vitals_lcp
+FROM sessions
+"""
+
+_ENTRY = (*ATTRIBUTION, *REFERRAL, *CLICK_IDS)
+
+_STATEMENT = (
+    SQL.replace("__SESSION_HOUR__", _SESSION_HOUR)
+    .replace(
+        "__ENTRY_COLUMNS__",
+        ",\n            ".join(f"nullIf(nullIf(argMinMerge(s.initial_{name}), ''), 'null') AS entry_{name}" for name in _ENTRY),
+    )
+    .replace("__ENTRY_NAMES__", ",\n    ".join(f"sessions.entry_{name} AS entry_{name}" for name in _ENTRY))
+    .replace("__BOUNCE_SECONDS__", str(BOUNCE_SECONDS))
+)
+
+
+def query(selection: Selection) -> Query:
+    """Sessions whose last insertion is in the interval, each whole."""
+    return Query(_STATEMENT.replace("__CHANNEL_TYPE__", channel_type.SQL), selection.parameters)
+
+
+def query_without_channel_types(selection: Selection) -> Query:
+    """The same for a source without the dictionary of channels: `channel_type` is NULL."""
+    return Query(_STATEMENT.replace("__CHANNEL_TYPE__", "CAST(NULL AS Nullable(String))"), selection.parameters)
+
+
+SESSIONS = Model(
+    name="sessions",
+    description="Every session with its times, URLs, attribution and counts.",
+    columns=(
+        text("session_id"),
+        text("session_id_v7"),
+        bigint("team_id"),
+        text("distinct_id"),
+        timestamptz("start_timestamp"),
+        timestamptz("end_timestamp"),
+        Column("urls", Kind.TEXT_LIST, "TEXT[]"),
+        bigint("num_uniq_urls"),
+        *(text(f"{end}_{part}") for end in ("entry", "end") for part in ("current_url", "pathname", "hostname")),
+        *(text(f"entry_{name}") for name in (*ATTRIBUTION, *REFERRAL)),
+        bigint("pageview_count"),
+        bigint("autocapture_count"),
+        bigint("screen_count"),
+        text("channel_type"),
+        bigint("session_duration"),
+        bigint("duration"),
+        integer("is_bounce"),
+        text("last_external_click_url"),
+        bigint("page_screen_autocapture_count_up_to"),
+        text("exit_current_url"),
+        text("exit_pathname"),
+        Column("vitals_lcp", Kind.FLOAT, "DOUBLE PRECISION"),
+        *(text(f"entry_{name}") for name in CLICK_IDS),
+    ),
+    key=("team_id", "session_id"),
+    merge=Merge(version=("end_timestamp",), or_changed=True),
+    query=query,
+    dictionary=channel_type.DICTIONARY,
+    query_without_dictionary=query_without_channel_types,
+)

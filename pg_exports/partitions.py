@@ -1,0 +1,151 @@
+"""When an export's intervals begin and end: partitions, the start of the first one, and the keys of a run.
+
+Dagster accepts a start inside a period and a key off the grid, and silently means the next period; here both are errors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import dagster as dg
+
+from pg_exports.errors import SettingsError
+from pg_exports.interval import Interval
+
+IntervalLength = Literal["hour", "day", "week", "every 5 minutes", "every 15 minutes"]
+
+_MINUTES = {"hour": "0", "every 5 minutes": "*/5", "every 15 minutes": "*/15"}
+_MINUTES_AFTER = {"hour": "1", "every 5 minutes": "1-59/5", "every 15 minutes": "1-59/15"}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where an export's periods begin.
+
+    Attributes:
+        interval: a period's length.
+        timezone: in which days and weeks, and `start`, are read.
+        offset_hour: hour at which a day or week begins.
+        offset_day: day on which a week begins, 0 = Sunday.
+    """
+
+    interval: IntervalLength
+    timezone: str
+    offset_hour: int = 0
+    offset_day: int = 0
+
+    @property
+    def boundaries(self) -> str:
+        """Cron expression of the periods' beginnings."""
+        if self.interval in _MINUTES:
+            return f"{_MINUTES[self.interval]} * * * *"
+        return f"0 {self.offset_hour} * * {self.offset_day if self.interval == 'week' else '*'}"
+
+    @property
+    def schedule(self) -> str:
+        """Cron expression of the moments one minute past them, when the period before is complete."""
+        if self.interval in _MINUTES_AFTER:
+            return f"{_MINUTES_AFTER[self.interval]} * * * *"
+        return f"1 {self.offset_hour} * * {self.offset_day if self.interval == 'week' else '*'}"
+
+    def partitions(self, start: str | date | datetime) -> dg.TimeWindowPartitionsDefinition:
+        """The partitions from `start` on. Keys are like 2026-11-20-13:00, or 2026-11-20 for days and weeks.
+
+        Raises:
+            SettingsError: `start` or `timezone` cannot be read, or `start` is no boundary; with the two around it.
+        """
+        first = self._moment(start)
+        earlier = self._from(first - timedelta(days=15))
+        before = earlier.get_prev_partition_window(first, respect_bounds=False)
+        after = earlier.get_next_partition_window(first, respect_bounds=False)
+        around = [window for window in (before and before.end, after and after.start) if window is not None]
+        if first.astimezone(UTC) not in {boundary.astimezone(UTC) for boundary in around}:
+            names = " and ".join(boundary.isoformat() for boundary in around)
+            raise SettingsError(
+                f"`start` {start} is no boundary of `interval: {self.interval}`: the boundaries around it are {names} "
+                f"(`timezone` {self.timezone}, `offset_hour` {self.offset_hour}, `offset_day` {self.offset_day})."
+            )
+        return self._from(first)
+
+    def _from(self, first: datetime) -> dg.TimeWindowPartitionsDefinition:
+        return dg.TimeWindowPartitionsDefinition(
+            cron_schedule=self.boundaries,
+            start=first.replace(tzinfo=None),
+            timezone=self.timezone,
+            fmt="%Y-%m-%d-%H:%M" if self.interval in _MINUTES else "%Y-%m-%d",
+        )
+
+    def _moment(self, start: str | date | datetime) -> datetime:
+        """`start` in the grid's timezone. A date is the period that begins on it."""
+        zone = self._zone()
+        value = _parsed(start)
+        if not isinstance(value, datetime):
+            hour = 0 if self.interval in _MINUTES else self.offset_hour
+            value = datetime.combine(value, time(hour))
+        # By way of UTC, so that a local time that a change of clocks skips becomes the one that it stands for.
+        return (value if value.tzinfo else value.replace(tzinfo=zone)).astimezone(UTC).astimezone(zone)
+
+    def _zone(self) -> ZoneInfo:
+        try:
+            return ZoneInfo(self.timezone)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise SettingsError(
+                f"`timezone` {self.timezone!r} is not known. Give an IANA name such as UTC or Europe/Berlin."
+            ) from None
+
+
+def intervals(
+    partitions: dg.TimeWindowPartitionsDefinition, keys: Sequence[str], ends: Sequence[str], now: datetime
+) -> tuple[Interval, ...]:
+    """The intervals of a run, in UTC, oldest first.
+
+    Args:
+        partitions: the export's partitions.
+        keys: the run's partition keys.
+        ends: the first and the last key as they were asked for.
+        now: the current time; an interval must be over by then.
+
+    Raises:
+        SettingsError: a key is off the grid, or its interval is not over.
+    """
+    for key in ends:
+        _check_on_grid(partitions, key)
+    windows = [(key, partitions.time_window_for_partition_key(key)) for key in keys]
+    found = [Interval(key, window.start.astimezone(UTC), window.end.astimezone(UTC)) for key, window in windows]
+    found.sort(key=lambda interval: interval.start)
+    if found and found[-1].end > now:
+        raise SettingsError(
+            f"Partition {found[-1].partition_key} covers {found[-1]}, which is not over: it is {now:%Y-%m-%d %H:%M:%S} UTC. "
+            "Nothing was exported. Ask for it after its end, or for a range that ends before it."
+        )
+    return tuple(found)
+
+
+def _check_on_grid(partitions: dg.TimeWindowPartitionsDefinition, key: str) -> None:
+    try:
+        window = partitions.time_window_for_partition_key(key)
+    except ValueError:
+        raise SettingsError(f"Partition key {key!r} is no key of this export. Keys look like {partitions.fmt}.") from None
+    meant = partitions.get_partition_keys_in_time_window(window)
+    if key not in meant:
+        before = partitions.get_prev_partition_window(window.start, respect_bounds=False)
+        names = [
+            boundary.strftime(partitions.fmt) for boundary in (before.start if before else None, window.start) if boundary
+        ]
+        raise SettingsError(
+            f"Partition key {key!r} is no boundary of this export's intervals: the keys around it are {' and '.join(names)}."
+        )
+
+
+def _parsed(start: str | date | datetime) -> date | datetime:
+    if not isinstance(start, str):
+        return start
+    text = start.strip()
+    try:
+        return date.fromisoformat(text) if len(text) == len("2026-11-20") else datetime.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(
+            f"`start` {start!r} is neither an ISO date (2026-11-20) nor an ISO datetime (2026-11-20T13:00:00+01:00)."
+        ) from None

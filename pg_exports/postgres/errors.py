@@ -1,0 +1,129 @@
+"""What Postgres's refusals mean, for the person who reads them. No message here ever holds a password."""
+
+import re
+
+from adbc_driver_postgresql import dbapi
+
+from pg_exports.errors import DestinationError, PassingError
+
+# Classes and codes of Postgres's "Appendix A" that a later try may not meet.
+PASSING_SQLSTATES = (
+    "08",  # connection exceptions
+    "40",  # transaction rollback: deadlock, serialization
+    "53",  # insufficient resources: disk, memory, connections
+    "55P03",  # lock_not_available
+    "57P",  # operator intervention: shutdown, cannot connect now
+    "25P03",  # idle in transaction timeout
+    "58030",  # I/O error
+)
+
+_CONNECTION_LOST = (
+    "server closed the connection",
+    "could not receive data",
+    "could not send data",
+    "connection to server was lost",
+    "no connection to the server",
+    "SSL connection has been closed",
+    "SSL SYSCALL error",
+    "Connection reset",
+    "terminating connection",
+)
+
+# libpq's words for a failed connection (they carry no SQLSTATE), and what to do about each.
+_CONNECT_REMEDIES = (
+    (
+        "password authentication failed",
+        "Check `user` and `password` (POSTGRES_USER, POSTGRES_PASSWORD).",
+    ),
+    (
+        "no password supplied",
+        "Set `password` (POSTGRES_PASSWORD).",
+    ),
+    (
+        "does not exist",
+        "Check `database` (the export's, or POSTGRES_DATABASE) and `user` (POSTGRES_USER); an export does not create "
+        "databases or roles.",
+    ),
+    (
+        "permission denied for database",
+        "Run as its owner: GRANT CONNECT ON DATABASE {database} TO {user};",
+    ),
+    (
+        "does not support SSL",
+        "This product never connects without TLS. Turn it on in the server (ssl = on, with a certificate).",
+    ),
+    (
+        "does not match host name",
+        "Set `host` (POSTGRES_HOST) to a name in the certificate, or `verify_server_identity` "
+        "(POSTGRES_VERIFY_SERVER_IDENTITY) to `ca` to check only who signed it.",
+    ),
+    (
+        "certificate verify failed",
+        "The server's certificate is not signed by the authority in `root_certificate` (POSTGRES_ROOT_CERTIFICATE). Set it "
+        "to the file of the authority that did, or to `system` for a public one.",
+    ),
+    (
+        "no pg_hba.conf entry",
+        "The server does not let this user in from here over TLS: add a `hostssl` line to its pg_hba.conf.",
+    ),
+    (
+        "could not translate host name",
+        "Check `host` (POSTGRES_HOST).",
+    ),
+)
+
+_PASSING_CONNECTS = (
+    "Connection refused",
+    "timeout expired",
+    "Connection timed out",
+    "No route to host",
+    "Network is unreachable",
+    "too many clients",
+    "too many connections",
+    "remaining connection slots",
+    "is starting up",
+    "is shutting down",
+    "in recovery mode",
+    *_CONNECTION_LOST,
+)
+
+
+def connecting(error: dbapi.Error, *, address: str, user: str, database: str) -> DestinationError | PassingError:
+    """The error to raise when no connection could be made."""
+    said = f"No connection to Postgres at {address}, database {database}, as {user}: {_libpq_text(error)}"
+    for words, remedy in _CONNECT_REMEDIES:
+        if words in said:
+            return DestinationError(f"{said}\n{remedy.format(user=user, database=database)}")
+    if any(words in said for words in _PASSING_CONNECTS):
+        return PassingError(
+            f"{said}\nIs the server running, and are `host` and `port` (POSTGRES_HOST, POSTGRES_PORT) right?"
+        )
+    return DestinationError(said)
+
+
+def during(error: dbapi.Error, doing: str) -> DestinationError | PassingError:
+    """The error to raise when a statement failed: Postgres's own message, detail and context, and where it was."""
+    said = f"Postgres refused while {doing}: {server_message(error)}"
+    state = error.sqlstate or ""
+    if state.startswith(PASSING_SQLSTATES) or (not state and any(words in str(error) for words in _CONNECTION_LOST)):
+        return PassingError(said)
+    return DestinationError(said)
+
+
+def server_message(error: dbapi.Error) -> str:
+    """Postgres's primary message with its detail, hint and context (which for COPY names line and column)."""
+    fields = {
+        name.decode() if isinstance(name, bytes) else name: value.decode(errors="replace")
+        for name, value in (error.details or [])
+    }
+    parts = [
+        fields[name]
+        for name in ("PG_DIAG_MESSAGE_PRIMARY", "PG_DIAG_MESSAGE_DETAIL", "PG_DIAG_MESSAGE_HINT", "PG_DIAG_CONTEXT")
+        if name in fields
+    ]
+    return "; ".join(parts) if parts else _libpq_text(error)
+
+
+def _libpq_text(error: dbapi.Error) -> str:
+    text = re.sub(r"^.*?\[libpq\] (Failed to connect: )?", "", str(error), flags=re.DOTALL)
+    return re.sub(r"\s*\n\s*", " ", text).strip()

@@ -1,0 +1,198 @@
+"""The ledger: which interval of which export was committed to a table, by which run, with which counts.
+
+It lies in the destination's schema, is written in the transaction that writes the rows, and is read first by every
+later run. It also tells whether a table can have rows of an interval already.
+"""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from pg_exports.errors import DestinationError
+from pg_exports.interval import Interval
+from pg_exports.postgres import table as tables
+from pg_exports.postgres.identifiers import quoted
+from pg_exports.postgres.session import Session
+from pg_exports.postgres.table import DestinationTable
+
+TABLE = "pg_exports_ledger"
+
+_CREATE = """
+CREATE TABLE IF NOT EXISTS {ledger} (
+    destination text NOT NULL,
+    export text NOT NULL,
+    interval_start timestamptz NOT NULL,
+    interval_end timestamptz NOT NULL,
+    team_id bigint NOT NULL,
+    table_oid bigint NOT NULL,
+    table_filenode bigint,
+    rows_before boolean NOT NULL,
+    rows_at_source bigint NOT NULL,
+    rows_inserted bigint NOT NULL,
+    rows_updated bigint NOT NULL,
+    rows_unchanged bigint NOT NULL,
+    bytes bigint NOT NULL,
+    run_id text NOT NULL,
+    started_at timestamptz NOT NULL,
+    committed_at timestamptz NOT NULL,
+    PRIMARY KEY (destination, export, interval_start, interval_end)
+)
+"""
+
+_RECORD = """
+INSERT INTO {ledger} (
+    destination, export, interval_start, interval_end, team_id, table_oid, table_filenode, rows_before,
+    rows_at_source, rows_inserted, rows_updated, rows_unchanged, bytes, run_id, started_at, committed_at
+)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, clock_timestamp())
+ON CONFLICT (destination, export, interval_start, interval_end) DO UPDATE SET
+    team_id = excluded.team_id,
+    table_oid = excluded.table_oid,
+    table_filenode = excluded.table_filenode,
+    rows_before = excluded.rows_before,
+    rows_at_source = excluded.rows_at_source,
+    rows_inserted = excluded.rows_inserted,
+    rows_updated = excluded.rows_updated,
+    rows_unchanged = excluded.rows_unchanged,
+    bytes = excluded.bytes,
+    run_id = excluded.run_id,
+    started_at = excluded.started_at,
+    committed_at = excluded.committed_at
+"""
+
+# One statement, one snapshot: were the ledger read first and the table later, the rows that another run commits in
+# between would pass for rows that were there before.
+_PAST = """
+SELECT
+    (
+        SELECT bool_or(rows_before)
+        FROM {ledger}
+        WHERE destination = $1 AND table_oid = $2 AND table_filenode IS NOT DISTINCT FROM $3
+    ),
+    EXISTS (
+        SELECT FROM {ledger}
+        WHERE destination = $1 AND table_oid = $2 AND table_filenode IS NOT DISTINCT FROM $3
+            AND team_id = $4 AND interval_start < $6 AND interval_end > $5
+    ),
+    EXISTS (SELECT FROM {table})
+"""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What became of an interval's rows, and their size as Arrow in bytes."""
+
+    at_source: int
+    inserted: int
+    updated: int
+    unchanged: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a table may hold already.
+
+    Attributes:
+        rows_before: it had rows before this product first wrote to it (as it is now: a table that was truncated or made
+            anew is another one).
+        may_hold_interval: rows of the interval may be there.
+    """
+
+    rows_before: bool
+    may_hold_interval: bool
+
+
+def ensure(session: Session, schema: str) -> None:
+    """Create the ledger where it is missing.
+
+    Raises:
+        DestinationError: the role may not create it, or not write the one that another role made; with the GRANT.
+    """
+    rows = session.rows(
+        """
+        SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
+            AND has_table_privilege(c.oid, 'UPDATE')
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        WHERE n.nspname = $1 AND c.relname = $2
+        """,
+        schema,
+        TABLE,
+        doing="looking up the ledger",
+    )
+    ledger = quoted(schema, TABLE)
+    if not rows:
+        tables.check_may_create(session, schema, f"the ledger {ledger}")
+        tables.create_if_missing(session, _CREATE.format(ledger=ledger), f"creating the ledger {ledger}")
+    elif not rows[0][1]:
+        raise DestinationError(
+            f"The role {rows[0][0]} may not write the ledger {ledger}, which another role made. Run as its owner: "
+            f"GRANT INSERT, SELECT, UPDATE ON {ledger} TO {quoted(str(rows[0][0]))};"
+        )
+
+
+def lock(session: Session, table: DestinationTable, interval: Interval) -> None:
+    """Wait for every run that writes to the table in an hour that the interval touches, and keep others waiting.
+
+    Hours, in ascending order, so that intervals of different lengths meet without a deadlock. Until the transaction ends.
+    """
+    first = int(interval.start.timestamp()) // 3600
+    last = (int(interval.end.timestamp()) - 1) // 3600
+    session.execute(
+        "SELECT count(pg_advisory_xact_lock(hashtext($1), hour::int)) FROM generate_series($2::bigint, $3::bigint) AS hour",
+        f"pg_exports: {table.qualified}",
+        first,
+        last,
+        doing=f"waiting for another run of {interval}",
+    )
+
+
+def past(session: Session, table: DestinationTable, team_id: int, interval: Interval) -> Past:
+    """What the table may hold of the team's rows of the interval. To be asked under `lock`, in a statement of its own."""
+    sql = _PAST.format(ledger=quoted(table.destination.schema, TABLE), table=table.qualified)
+    [(known, overlaps, has_rows)] = session.rows(
+        sql,
+        table.destination.table,
+        table.oid,
+        table.filenode,
+        team_id,
+        interval.start,
+        interval.end,
+        doing="reading the ledger",
+    )
+    rows_before = bool(has_rows) if known is None else bool(known)
+    return Past(rows_before, may_hold_interval=rows_before or bool(overlaps))
+
+
+def record(
+    session: Session,
+    table: DestinationTable,
+    interval: Interval,
+    counts: Counts,
+    *,
+    export: str,
+    team_id: int,
+    rows_before: bool,
+    run_id: str,
+    started_at: datetime,
+) -> None:
+    """Write the interval's row; a later run of the same interval replaces it."""
+    session.execute(
+        _RECORD.format(ledger=quoted(table.destination.schema, TABLE)),
+        table.destination.table,
+        export,
+        interval.start,
+        interval.end,
+        team_id,
+        table.oid,
+        table.filenode,
+        rows_before,
+        counts.at_source,
+        counts.inserted,
+        counts.updated,
+        counts.unchanged,
+        counts.bytes,
+        run_id,
+        started_at,
+        doing="writing the ledger",
+    )

@@ -1,0 +1,117 @@
+"""Rows that may be there already: through a staging table, and from it into the destination what is missing or newer.
+
+The staging table lives and dies inside the interval's transaction. It is no TEMPORARY table, as the role has no
+privilege to make one.
+"""
+
+import contextlib
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pg_exports.models import Merge
+from pg_exports.postgres import table as tables
+from pg_exports.postgres.identifiers import quoted
+from pg_exports.postgres.session import Session
+from pg_exports.postgres.table import DestinationTable
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Rows that were inserted, and rows that replaced an older one."""
+
+    inserted: int
+    updated: int
+
+
+@contextlib.contextmanager
+def staging_table(session: Session, table: DestinationTable) -> Iterator[str]:
+    """A table with the destination's columns and types, for the rest of the block. Gives its name.
+
+    Raises:
+        DestinationError: the role may not create tables in the schema.
+    """
+    schema = table.destination.schema
+    tables.check_may_create(session, schema, "a staging table")
+    name = f"pg_exports_staging_{uuid.uuid4().hex[:12]}"
+    session.execute(
+        f"CREATE UNLOGGED TABLE {quoted(schema, name)} AS SELECT {table.column_list} FROM {table.qualified} WITH NO DATA",
+        doing="creating the staging table",
+    )
+    yield name
+    session.execute(f"DROP TABLE {quoted(schema, name)}", doing="dropping the staging table")
+
+
+def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
+    """Bring the staging table's rows into the destination: the missing ones, and those that replace an older one."""
+    sql = _upsert(table, staging, table.model.merge) if table.model.merge else _insert_missing(table, staging)
+    [(inserted, updated)] = session.rows(sql, doing=f"merging into {table.qualified}")
+    return Merged(int(str(inserted)), int(str(updated)))
+
+
+def _insert_missing(table: DestinationTable, staging: str) -> str:
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    return f"""
+        WITH written AS (
+            INSERT INTO {table.qualified} ({table.column_list})
+            SELECT {table.column_list}
+            FROM {quoted(table.destination.schema, staging)} AS s
+            WHERE NOT EXISTS (
+                SELECT FROM {table.qualified} AS d WHERE {" AND ".join(f"d.{name} = s.{name}" for name in key)}
+            )
+            RETURNING 1
+        )
+        SELECT count(*), 0::bigint FROM written
+    """
+
+
+def _upsert(table: DestinationTable, staging: str, rule: Merge) -> str:
+    """Unchanged rows are left out first, as ON CONFLICT would lock and write them; in the order of the key, so that two
+    merges of the same rows wait for each other instead of deadlocking; the rule stands twice, as the destination's row
+    may change between the two."""
+    key = [quoted(name) for name in table.model.key]
+    others = [quoted(name) for name in table.column_names if name not in table.model.key]
+    conflict = ", ".join(key)
+    return f"""
+        WITH written AS (
+            INSERT INTO {table.qualified} AS d ({table.column_list})
+            SELECT {", ".join(f"s.{quoted(name)}" for name in table.column_names)}
+            FROM {quoted(table.destination.schema, staging)} AS s
+            LEFT JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
+            WHERE d.{key[0]} IS NULL OR {_replaces(table, rule, "s")}
+            ORDER BY {", ".join(f"s.{name}" for name in key)}
+            ON CONFLICT ({conflict}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in others)}
+            WHERE {_replaces(table, rule, "excluded")}
+            RETURNING (xmax = 0) AS is_new
+        )
+        SELECT count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new) FROM written
+    """
+
+
+def _replaces(table: DestinationTable, rule: Merge, incoming: str) -> str:
+    newer = f"{_version(table, rule, incoming)} > {_version(table, rule, 'd')}"
+    if not rule.or_changed:
+        return f"({newer})"
+    not_older = f"{_version(table, rule, incoming)} >= {_version(table, rule, 'd')}"
+    changed = f"({_values(table, incoming)}) IS DISTINCT FROM ({_values(table, 'd')})"
+    return f"({not_older} AND {changed})"
+
+
+def _version(table: DestinationTable, rule: Merge, side: str) -> str:
+    """The version columns as a row that compares with NULL lowest, whatever their type."""
+    parts = []
+    for source, destination in table.pairs:
+        if source.name in rule.version:
+            column = f"{side}.{quoted(source.name)}"
+            least = "'-infinity'" if destination.type.startswith("timestamp") else "0"
+            parts.append((rule.version.index(source.name), f"{column} IS NOT NULL, coalesce({column}, {least})"))
+    return f"ROW({', '.join(part for _, part in sorted(parts))})"
+
+
+def _values(table: DestinationTable, side: str) -> str:
+    """Every column but the key's; JSON, which has no equality, as text."""
+    return ", ".join(
+        f"{side}.{quoted(source.name)}{'::text' if destination.type == 'json' else ''}"
+        for source, destination in table.pairs
+        if source.name not in table.model.key
+    )

@@ -1,0 +1,107 @@
+"""The Postgres connection: where it is, as whom, and how its identity is verified."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import dagster as dg
+from adbc_driver_postgresql import dbapi
+from pydantic import ConfigDict, Field, field_validator
+
+from pg_exports.postgres import errors, tls
+from pg_exports.postgres.session import Session
+
+CONNECT_TIMEOUT = 15
+"""Seconds for a connection to be made, TLS and password included."""
+
+# A peer that vanished without a word is noticed within about three minutes.
+_LIVENESS = {
+    "keepalives_idle": 60,
+    "keepalives_interval": 15,
+    "keepalives_count": 8,
+    "tcp_user_timeout": 180_000,  # milliseconds
+}
+
+
+class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
+    """A Postgres server with credentials and TLS settings, used by any number of exports.
+
+    Every connection is encrypted; there is no fallback to plain text.
+
+    Attributes:
+        host: name or address; TCP only, as TLS needs it.
+        port: TCP port.
+        user, password, database: whom to connect as, and the database of exports that name none.
+        verify_server_identity: `no`, `ca` or `ca-and-hostname` (default).
+        root_certificate: `system` (default), a path to a .crt, .pem, .cer or .ca-bundle file, or PEM text. With
+            `verify_server_identity: no` it is ignored, and the log says so.
+    """
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    host: str
+    port: int = 5432
+    user: str
+    password: str = Field(default="", repr=False)
+    database: str
+    verify_server_identity: tls.VerifyServerIdentity = "ca-and-hostname"
+    root_certificate: str = Field(default=tls.SYSTEM, repr=False)
+
+    @field_validator("host")
+    @classmethod
+    def _is_reached_over_tcp(cls, host: str) -> str:
+        if not host.strip() or host.startswith(("/", "@")) or "," in host:
+            raise ValueError(
+                "`host` (POSTGRES_HOST) must be one host name or address; a Unix socket is never encrypted"
+            )
+        return host
+
+    @contextlib.contextmanager
+    def session(self, database: str | None = None, log: logging.Logger | None = None) -> Iterator[Session]:
+        """A connection for as long as the block lasts.
+
+        Args:
+            database: another database than the connection's own.
+            log: where to say that a root certificate is ignored.
+
+        Raises:
+            SettingsError: the root certificate is missing, empty, or no certificate.
+            DestinationError: the server refused, or its identity could not be verified.
+            PassingError: it does not answer.
+        """
+        database = database or self.database
+        if log and self.verify_server_identity == "no" and self.root_certificate != tls.SYSTEM:
+            log.info("`root_certificate` is ignored: `verify_server_identity` is `no`.")
+        with tls.libpq_settings(self.verify_server_identity, self.root_certificate) as encryption:
+            connection = self._connect(database, encryption)
+        with connection:
+            yield Session(connection)
+
+    def _connect(self, database: str, encryption: dict[str, str]) -> dbapi.Connection:
+        settings: dict[str, object] = {
+            "host": self.host,
+            "hostaddr": "",
+            "port": self.port,
+            "user": self.user,
+            "password": self.password,
+            "dbname": database,
+            "application_name": "pg_exports",
+            "connect_timeout": CONNECT_TIMEOUT,
+            **_LIVENESS,
+            **encryption,
+        }
+        try:
+            return dbapi.connect(_conninfo(settings), autocommit=True)
+        except dbapi.Error as error:
+            raise errors.connecting(
+                error, address=f"{self.host}:{self.port}", user=self.user, database=database
+            ) from None
+
+
+def _conninfo(settings: dict[str, object]) -> str:
+    """A libpq connection string ("Keyword/Value Connection Strings")."""
+    return " ".join(f"{name}='{_escaped(str(value))}'" for name, value in settings.items())
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace("'", "\\'")

@@ -1,0 +1,265 @@
+"""A disposable PostgreSQL with TLS on: a cluster of its own in a folder of its own, on a free port.
+
+It runs as the operating system's `postgres` user when the caller is root (PostgreSQL refuses root), else as the
+caller. Any number may run side by side. Roles, databases and grants are made by the functions at the end; what goes
+into the tables is none of this module's business.
+"""
+
+import contextlib
+import glob
+import os
+import pwd
+import secrets
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from adbc_driver_postgresql import dbapi
+
+from pg_exports.postgres.identifiers import literal, quoted
+from pg_exports.sandbox.certificates import HOST, Certificates
+
+SUPERUSER = "sandbox_admin"
+
+START_TIMEOUT = 60.0
+"""Seconds for a server to answer its first connection."""
+
+
+class PostgresSandboxError(RuntimeError):
+    """PostgreSQL's programs are missing, or its server did not start; the message has its log's last lines."""
+
+
+@dataclass(frozen=True)
+class PostgresServer:
+    """A running cluster: where it listens and where its files are. The admin's socket is in `folder`."""
+
+    host: str
+    port: int
+    folder: Path
+    log: Path
+
+    @property
+    def admin_uri(self) -> str:
+        """Connection string of the superuser, over the Unix socket in the cluster's private folder."""
+        return self.admin_uri_of("postgres")
+
+    def admin_uri_of(self, database: str) -> str:
+        """Like `admin_uri`, for another database."""
+        return f"host='{self.folder}' port={self.port} user={SUPERUSER} dbname='{database}'"
+
+    def execute(self, *statements: str, database: str = "postgres") -> None:
+        """Run statements as the superuser, each in a transaction of its own."""
+        with admin(self, database) as connection, connection.cursor() as cursor:
+            for statement in statements:
+                cursor.execute(statement)
+
+    def rows(self, query: str, database: str = "postgres") -> list[tuple[object, ...]]:
+        """Rows of a query as the superuser."""
+        with admin(self, database) as connection, connection.cursor() as cursor:
+            cursor.execute(query)
+            return [tuple(row) for row in cursor.fetchall()]
+
+
+@contextlib.contextmanager
+def admin(server: PostgresServer, database: str = "postgres") -> Iterator[dbapi.Connection]:
+    """An autocommit connection of the superuser."""
+    with dbapi.connect(server.admin_uri_of(database), autocommit=True) as connection:
+        yield connection
+
+
+def start(certificates: Certificates | None, *, settings: dict[str, str] | None = None) -> PostgresServer:
+    """Make and start a cluster. Without certificates it speaks no TLS. Durability is off: its data is disposable.
+
+    Args:
+        certificates: the server's certificate and key.
+        settings: further lines for postgresql.conf.
+
+    Raises:
+        PostgresSandboxError: PostgreSQL is not installed, or the server did not come up.
+    """
+    binaries = find_binaries()
+    folder = Path(tempfile.mkdtemp(prefix="pg_exports_postgres_"))
+    owner = _owner()
+    data, log = folder / "data", folder / "server.log"
+    if owner:
+        os.chown(folder, owner.pw_uid, owner.pw_gid)
+    _run(
+        [binaries / "initdb", "-D", data, "-U", SUPERUSER, "--auth=trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"],
+        owner,
+    )
+    for _ in range(5):
+        port = _free_port()
+        _configure(data, folder, port, certificates, settings or {}, owner)
+        process = _run(
+            [binaries / "pg_ctl", "start", "-D", data, "-l", log, "-w", "-t", str(int(START_TIMEOUT)), "-s"],
+            owner,
+            check=False,
+        )
+        if process.returncode == 0:
+            return PostgresServer(HOST, port, folder, log)
+        if "could not create any TCP/IP sockets" not in _tail(log):
+            break
+    raise PostgresSandboxError(f"PostgreSQL did not start in {folder}:\n{_tail(log)}{process.stderr}")
+
+
+def stop(server: PostgresServer) -> None:
+    """Stop a cluster at once and delete its files."""
+    data = server.folder / "data"
+    if (data / "postmaster.pid").exists():
+        _run([find_binaries() / "pg_ctl", "stop", "-D", data, "-m", "immediate", "-s"], _owner(), check=False)
+    shutil.rmtree(server.folder, ignore_errors=True)
+
+
+def is_running(server: PostgresServer) -> bool:
+    """Whether the cluster answers its superuser."""
+    try:
+        server.rows("SELECT 1")
+    except dbapi.Error:
+        return False
+    return True
+
+
+def find_binaries() -> Path:
+    """The folder with initdb and pg_ctl: the newest under the usual folders of Debian, Red Hat and Homebrew, or PATH's.
+
+    Raises:
+        PostgresSandboxError: there is none.
+    """
+    patterns = (
+        "/usr/lib/postgresql/*/bin",
+        "/usr/pgsql-*/bin",
+        "/opt/homebrew/opt/postgresql@*/bin",
+        "/usr/local/opt/postgresql@*/bin",
+    )
+    folders = [Path(folder) for pattern in patterns for folder in glob.glob(pattern)]
+    folders = [folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()]
+    if folders:
+        return max(folders, key=_version_of)
+    on_path = shutil.which("initdb")
+    if on_path:
+        return Path(on_path).resolve().parent
+    raise PostgresSandboxError(
+        "PostgreSQL's server programs (initdb, pg_ctl) were not found. Install them: "
+        "`apt-get install postgresql` on Debian and Ubuntu, `brew install postgresql@17` on macOS."
+    )
+
+
+def create_role(server: PostgresServer, role: str, password: str) -> None:
+    """A login role without any privilege of its own."""
+
+    server.execute(f"CREATE ROLE {quoted(role)} LOGIN NOINHERIT PASSWORD {literal(password)}")
+
+
+def create_database(server: PostgresServer, database: str, *, owner: str | None = None) -> None:
+    """A database in which PUBLIC may do nothing, not even connect or make temporary tables."""
+    server.execute(f"CREATE DATABASE {quoted(database)}" + (f" OWNER {quoted(owner)}" if owner else ""))
+    server.execute(
+        f"REVOKE ALL ON DATABASE {quoted(database)} FROM PUBLIC",
+        "REVOKE ALL ON SCHEMA public FROM PUBLIC",
+        database=database,
+    )
+
+
+def grant_export(server: PostgresServer, role: str, database: str, schema: str = "public") -> None:
+    """The narrow grants of an export: connect, and use and create in one schema. Nothing else."""
+    server.execute(f"GRANT CONNECT ON DATABASE {quoted(database)} TO {quoted(role)}")
+    server.execute(
+        f"CREATE SCHEMA IF NOT EXISTS {quoted(schema)}",
+        f"GRANT USAGE, CREATE ON SCHEMA {quoted(schema)} TO {quoted(role)}",
+        database=database,
+    )
+
+
+def new_password() -> str:
+    """A password with characters that must be escaped in connection strings and URLs."""
+    return secrets.token_urlsafe(12) + " '\\@/%?"
+
+
+def _configure(
+    data: Path,
+    folder: Path,
+    port: int,
+    certificates: Certificates | None,
+    settings: dict[str, str],
+    owner: pwd.struct_passwd | None,
+) -> None:
+    lines = {
+        "listen_addresses": "'localhost'",
+        "port": str(port),
+        "unix_socket_directories": f"'{folder}'",
+        "max_connections": "100",
+        "fsync": "off",
+        "synchronous_commit": "off",
+        "full_page_writes": "off",
+        "max_wal_size": "'4GB'",
+        "log_statement": "'all'",
+        "log_line_prefix": "'%m [%p] %q%u@%d '",
+        "timezone": "'UTC'",
+    }
+    if certificates:
+        for source, name in ((certificates.certificate, "server.crt"), (certificates.key, "server.key")):
+            target = data / name
+            shutil.copyfile(source, target)
+            target.chmod(0o600)
+            if owner:
+                os.chown(target, owner.pw_uid, owner.pw_gid)
+        lines |= {"ssl": "on"}
+    lines |= settings
+    (data / "postgresql.auto.conf").write_text("".join(f"{name} = {value}\n" for name, value in lines.items()))
+    network = "hostssl" if certificates else "host"
+    (data / "pg_hba.conf").write_text(
+        f"local all {SUPERUSER} trust\n{network} all all 127.0.0.1/32 scram-sha-256\n{network} all all ::1/128 scram-sha-256\n"
+    )
+
+
+def _owner() -> pwd.struct_passwd | None:
+    if os.geteuid() != 0:
+        return None
+    for name in ("postgres", "nobody"):
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(name)
+    raise PostgresSandboxError("PostgreSQL refuses to run as root, and there is no user `postgres` to run it as.")
+
+
+def _run(
+    command: list[str | Path], owner: pwd.struct_passwd | None, *, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run one of PostgreSQL's programs as `owner`; its output goes to a file, as the server would hold a pipe open."""
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.run(
+            [str(part) for part in command],
+            cwd="/",
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            user=owner.pw_uid if owner else None,
+            group=owner.pw_gid if owner else None,
+            extra_groups=[] if owner else None,
+            start_new_session=True,
+            check=False,
+        )
+        output.seek(0)
+        said = output.read()
+    if check and process.returncode:
+        raise PostgresSandboxError(f"{Path(command[0]).name} failed:\n{said}")
+    return subprocess.CompletedProcess(process.args, process.returncode, "", said)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _tail(log: Path) -> str:
+    return "".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]) if log.exists() else ""
+
+
+def _version_of(folder: Path) -> tuple[int, ...]:
+    digits = "".join(character if character.isdigit() else " " for character in str(folder)).split()
+    return tuple(int(number) for number in digits)
