@@ -80,26 +80,26 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     exported_model: Literal["events", "persons", "sessions"] = Field(
         alias="model", description="What to export: events, persons or sessions."
     )
-    team_id: int = Field(ge=0, description="ClickHouse team whose rows are exported.")
+    team_id: int = Field(description="ClickHouse team whose rows are exported.")
     start: Annotated[str | date | datetime, dg.Resolver(_as_written, model_field_type=str | date | datetime)] = Field(
         description="Beginning of the first interval: an ISO date (the period that begins on that date, at offset_hour) "
         "or datetime (read in timezone, or converted to it when it carries an offset)."
     )
     name: str | None = Field(
         default=None,
-        pattern="^[A-Za-z0-9_]+$",
         description="The asset's key; the model's name by default. A second export of one model needs its own.",
     )
     interval: IntervalLength = Field(
         default="hour", description="Length of an interval: hour, day, week, every 5 minutes or every 15 minutes."
     )
     timezone: str = Field(default="UTC", description="IANA timezone in which days and weeks begin.")
-    offset_hour: int = Field(default=0, ge=0, le=23, description="Hour at which a day or week begins.")
-    offset_day: int = Field(default=0, ge=0, le=6, description="Day on which a week begins, 0 = Sunday.")
+    offset_hour: int = Field(default=0, description="Hour at which a day or week begins.")
+    offset_day: int = Field(default=0, description="Day on which a week begins, 0 = Sunday.")
     include_events: list[str] = Field(default=[], description="Events to export, by name; empty = all.")
     exclude_events: list[str] = Field(default=[], description="Events to leave out, by name.")
     database: str | None = Field(
-        default=None, description="Destination database; the connection's by default, required with an inline connection."
+        default=None,
+        description="Destination database; the connection's by default, required with an inline connection.",
     )
     destination_schema: str = Field(default="public", alias="schema", description="Destination schema. It must exist.")
     table: str | None = Field(default=None, description="Destination table; the model's name by default.")
@@ -149,7 +149,14 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             raise ValueError(_sentence(error)) from None
 
     @model_validator(mode="after")
-    def _check_together(self) -> "PostgresExport":
+    def _check(self) -> "PostgresExport":
+        # Bounds stand here and not in the fields: there they would meet the templates of a YAML file.
+        if self.team_id < 0:
+            raise ValueError("`team_id` must not be negative")
+        if not re.fullmatch("[A-Za-z0-9_]+", self.key):
+            raise ValueError("`name` may hold letters, digits and underscores only")
+        if not 0 <= self.offset_hour <= 23 or not 0 <= self.offset_day <= 6:
+            raise ValueError("`offset_hour` must be 0 to 23, `offset_day` 0 (Sunday) to 6")
         if self.interval != "week" and self.offset_day:
             raise ValueError("`offset_day` is for `interval: week`")
         if self.interval not in ("day", "week") and self.offset_hour:

@@ -127,12 +127,16 @@ def _check_on_grid(partitions: dg.TimeWindowPartitionsDefinition, key: str) -> N
     try:
         window = partitions.time_window_for_partition_key(key)
     except ValueError:
-        raise SettingsError(f"Partition key {key!r} is no key of this export. Keys look like {partitions.fmt}.") from None
+        raise SettingsError(
+            f"Partition key {key!r} is no key of this export. Keys look like {partitions.fmt}."
+        ) from None
     meant = partitions.get_partition_keys_in_time_window(window)
     if key not in meant:
         before = partitions.get_prev_partition_window(window.start, respect_bounds=False)
         names = [
-            boundary.strftime(partitions.fmt) for boundary in (before.start if before else None, window.start) if boundary
+            boundary.strftime(partitions.fmt)
+            for boundary in (before.start if before else None, window.start)
+            if boundary
         ]
         raise SettingsError(
             f"Partition key {key!r} is no boundary of this export's intervals: the keys around it are {' and '.join(names)}."

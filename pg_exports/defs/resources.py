@@ -21,7 +21,9 @@ def connections() -> dg.Definitions:
         user=dg.EnvVar("POSTGRES_USER"),
         password=dg.EnvVar("POSTGRES_PASSWORD"),
         database=dg.EnvVar("POSTGRES_DATABASE"),
-        **_if_set(verify_server_identity="POSTGRES_VERIFY_SERVER_IDENTITY", root_certificate="POSTGRES_ROOT_CERTIFICATE"),
+        **_if_set(
+            verify_server_identity="POSTGRES_VERIFY_SERVER_IDENTITY", root_certificate="POSTGRES_ROOT_CERTIFICATE"
+        ),
     )
     clickhouse = ClickHouseResource(
         host=dg.EnvVar("CLICKHOUSE_HOST"),

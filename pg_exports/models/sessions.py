@@ -103,7 +103,9 @@ _STATEMENT = (
     SQL.replace("__SESSION_HOUR__", _SESSION_HOUR)
     .replace(
         "__ENTRY_COLUMNS__",
-        ",\n            ".join(f"nullIf(nullIf(argMinMerge(s.initial_{name}), ''), 'null') AS entry_{name}" for name in _ENTRY),
+        ",\n            ".join(
+            f"nullIf(nullIf(argMinMerge(s.initial_{name}), ''), 'null') AS entry_{name}" for name in _ENTRY
+        ),
     )
     .replace("__ENTRY_NAMES__", ",\n    ".join(f"sessions.entry_{name} AS entry_{name}" for name in _ENTRY))
     .replace("__BOUNCE_SECONDS__", str(BOUNCE_SECONDS))

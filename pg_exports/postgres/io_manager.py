@@ -87,7 +87,9 @@ def destination_of(metadata: Mapping[str, Any]) -> Destination:
     return Destination(metadata.get(DATABASE), metadata[SCHEMA], metadata[TABLE])
 
 
-def _write(session: Session, table: DestinationTable, export: IntervalFrames, interval: Interval, run_id: str) -> Counts:
+def _write(
+    session: Session, table: DestinationTable, export: IntervalFrames, interval: Interval, run_id: str
+) -> Counts:
     started_at = datetime.now(UTC)
     with session.transaction():
         ledger.lock(session, table, interval)

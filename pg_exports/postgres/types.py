@@ -80,7 +80,7 @@ def check_pair(source: Column, destination: DestinationColumn, table: str) -> No
     if destination.type not in _CONVERSIONS[source.kind]:
         raise DestinationError(
             f"Column {source.name} of {table} is {destination.declared}, which cannot hold the export's "
-            f"{source.postgres_type}. Change it (ALTER TABLE {table} ALTER COLUMN \"{source.name}\" TYPE "
+            f'{source.postgres_type}. Change it (ALTER TABLE {table} ALTER COLUMN "{source.name}" TYPE '
             f"{source.postgres_type} USING ...), rename it, or export to another table."
         )
 

@@ -58,7 +58,7 @@ _VERSION = re.compile(r" \(version [\d.]+[^\n]*\)\s*$")  # some of the engine's 
 _ERROR_NAME = re.compile(r"\(([A-Z][A-Z0-9_]+)\)\s*$")
 
 
-class Block(Protocol):
+class _Block(Protocol):
     """chDB's result: a whole one, or one block of a stream. `rows_read` is what it holds, `storage_*` what was read."""
 
     def bytes(self) -> bytes: ...
@@ -71,33 +71,33 @@ class Block(Protocol):
     def elapsed(self) -> float: ...
 
 
-class Stream(Protocol):
+class _Stream(Protocol):
     """chDB's stream of blocks; None is its end. One thread at a time, any thread."""
 
-    def fetch(self) -> Block | None: ...
+    def fetch(self) -> _Block | None: ...
     def cancel(self) -> None: ...
 
 
-class Written(Protocol):
+class _Written(Protocol):
     rows_written: int
     bytes_written: int
 
 
-class Inserter(Protocol):
+class _Inserter(Protocol):
     def append(self, data: bytes) -> None: ...
-    def finish(self) -> Written: ...
+    def finish(self) -> _Written: ...
 
 
-class Handle(Protocol):
+class _Handle(Protocol):
     """What is used here of chDB's connection. Values of `params` are text as ClickHouse's HTTP interface escapes it."""
 
-    def query(self, query: str, format: str = ..., params: Mapping[str, str] | None = ...) -> Block: ...
-    def send_query(self, query: str, format: str = ..., params: Mapping[str, str] | None = ...) -> Stream: ...
-    def send_insert(self, query: str, format: str = ...) -> AbstractContextManager[Inserter]: ...
+    def query(self, query: str, output: str = ..., /, params: Mapping[str, str] | None = ...) -> _Block: ...
+    def send_query(self, query: str, output: str = ..., /, params: Mapping[str, str] | None = ...) -> _Stream: ...
+    def send_insert(self, query: str, encoding: str, /) -> AbstractContextManager[_Inserter]: ...
     def close(self) -> None: ...
 
 
-_connect: Callable[[str], Handle] = chdb.connect
+_connect: Callable[[str], _Handle] = chdb.connect
 
 
 class ClickHouseError(Exception):
@@ -133,8 +133,8 @@ class Answer:
     format: str | None
     summary: dict[str, str]
     chunks: Iterator[bytes]
-    handle: Handle
-    stream: Stream | None = None
+    handle: _Handle
+    stream: _Stream | None = None
 
     def close(self) -> None:
         """Cancel what still runs and give the engine's handle back."""
@@ -162,6 +162,7 @@ class Engine:
         self.version, self.timezone = facts.split()
 
     def close(self) -> None:
+        """End the engine, once no answer is open any more."""
         self._keeper.close()
 
     def run(self, statement: Statement) -> Answer:
@@ -181,7 +182,7 @@ class Engine:
             raise
 
 
-def _run(handle: Handle, statement: Statement) -> Answer:
+def _run(handle: _Handle, statement: Statement) -> Answer:
     insert = None if statement.parameters else _INSERT_WITH_DATA.match(statement.sql)
     if insert:
         return _insert(handle, insert)
@@ -197,7 +198,7 @@ def _run(handle: Handle, statement: Statement) -> Answer:
     return Answer(format_name if has_result else None, _figures(result), iter([result.bytes()]), handle)
 
 
-def _stream(handle: Handle, sql: str, format_name: str, parameters: Mapping[str, str]) -> Answer:
+def _stream(handle: _Handle, sql: str, format_name: str, parameters: Mapping[str, str]) -> Answer:
     stream = handle.send_query(sql, format_name, params=parameters)
     first = stream.fetch()
     if first is None and format_name == "ArrowStream":
@@ -209,7 +210,7 @@ def _stream(handle: Handle, sql: str, format_name: str, parameters: Mapping[str,
     return Answer(format_name, _figures(first), chunks, handle, stream)
 
 
-def _blocks(first: Block | None, stream: Stream) -> Iterator[bytes]:
+def _blocks(first: _Block | None, stream: _Stream) -> Iterator[bytes]:
     block = first
     while block is not None:
         yield block.bytes()
@@ -225,7 +226,7 @@ def _one_arrow_stream(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield ARROW_END_OF_STREAM
 
 
-def _insert(handle: Handle, insert: re.Match[bytes]) -> Answer:
+def _insert(handle: _Handle, insert: re.Match[bytes]) -> Answer:
     # `query` reads a Native block that follows the SQL only up to the parser's buffer of 1 MB.
     format_name = "Values" if insert["values"] else insert["format"].decode()
     with handle.send_insert(insert["insert"].decode(), format_name) as inserter:
@@ -236,7 +237,7 @@ def _insert(handle: Handle, insert: re.Match[bytes]) -> Answer:
     return Answer(None, summary, iter(()), handle)
 
 
-def _apply_settings(handle: Handle, statement: Statement) -> None:
+def _apply_settings(handle: _Handle, statement: Statement) -> None:
     if statement.database:
         handle.query("USE `{}`".format(statement.database.replace("\\", "\\\\").replace("`", "\\`")))
     settings = {**SETTINGS_OF_A_SERVER, **statement.settings}
@@ -250,7 +251,7 @@ def _literal(value: str) -> str:
     return "'{}'".format(value.replace("\\", "\\\\").replace("'", "\\'"))
 
 
-def _figures(result: Block | None) -> dict[str, str]:
+def _figures(result: _Block | None) -> dict[str, str]:
     if result is None:
         return {}
     return {

@@ -12,11 +12,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PASSWORD_VARIABLE = "PG_EXPORTS_SANDBOX_CLICKHOUSE_PASSWORD"
+CREDENTIAL_VARIABLE = "PG_EXPORTS_SANDBOX_CLICKHOUSE_PASSWORD"
 LOG_LINES_SHOWN = 30
 
 
-class ClickHouseDidNotStart(Exception):
+class ClickHouseStartError(Exception):
     """The process ended, or said nothing, before it answered; the text holds the end of its log."""
 
 
@@ -38,7 +38,7 @@ def start(
 ) -> ClickHouseServer:
     """Start a server on `folder`, detached from this process, and wait up to `timeout` seconds until it answers.
 
-    Raises ClickHouseDidNotStart when it does not.
+    Raises ClickHouseStartError when it does not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ready, log = folder / "ready.json", folder / "server.log"
@@ -50,7 +50,7 @@ def start(
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
-            env={**os.environ, PASSWORD_VARIABLE: password},
+            env={**os.environ, CREDENTIAL_VARIABLE: password},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -72,10 +72,10 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, 
     deadline = time.monotonic() + timeout
     while not ready.exists():
         if process.poll() is not None:
-            raise ClickHouseDidNotStart(f"ClickHouse ended with status {process.returncode}.\n{_end_of(log)}")
+            raise ClickHouseStartError(f"ClickHouse ended with status {process.returncode}.\n{_end_of(log)}")
         if time.monotonic() > deadline:
             stop(process.pid)
-            raise ClickHouseDidNotStart(f"ClickHouse did not answer within {timeout} seconds.\n{_end_of(log)}")
+            raise ClickHouseStartError(f"ClickHouse did not answer within {timeout} seconds.\n{_end_of(log)}")
         time.sleep(0.05)
     where: dict[str, int] = json.loads(ready.read_text())
     return where

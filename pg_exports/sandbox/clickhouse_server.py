@@ -34,7 +34,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from pg_exports.sandbox.clickhouse_engine import Answer, ClickHouseError, Engine, Statement
-from pg_exports.sandbox.clickhouse_process import PASSWORD_VARIABLE
+from pg_exports.sandbox.clickhouse_process import CREDENTIAL_VARIABLE
 
 # The names that ClickHouse's HTTPHandler keeps for itself; every other URL parameter is a setting of the query.
 TRANSPORT_PARAMETERS = frozenset(
@@ -82,10 +82,13 @@ LONGEST_EXCEPTION_BYTES = 16 * 1024
 
 @dataclass(frozen=True)
 class Credentials:
+    """The one user that the server knows."""
+
     user: str
     password: str
 
     def check(self, request: Request) -> None:
+        """Raise ClickHouse's AUTHENTICATION_FAILED unless the request carries this user and password."""
         user, password = _credentials(request)
         right_user = hmac.compare_digest(user.encode(), self.user.encode())
         if not (hmac.compare_digest(password.encode(), self.password.encode()) and right_user):
@@ -117,12 +120,15 @@ class Server:
         self._threads = ThreadPoolExecutor(max_workers=64, thread_name_prefix="query")
 
     def application(self) -> Starlette:
+        """The paths that it answers."""
         return Starlette(routes=[Route("/ping", self.ping), Route("/", self.query, methods=["GET", "POST"])])
 
     async def ping(self, request: Request) -> Response:
+        """Say that the server is there; needs no password."""
         return PlainTextResponse("Ok.\n")
 
     async def query(self, request: Request) -> Response:
+        """Run the statement in the URL, the body or both."""
         if request.method == "GET" and not request.query_params:
             return PlainTextResponse("Ok.\n")
         query_id = request.query_params.get("query_id") or str(uuid.uuid4())
@@ -236,6 +242,7 @@ class StreamedAnswer(StreamingResponse):
         return headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the headers, then piece by piece; each piece waits until the client has taken the one before."""
         loop = asyncio.get_running_loop()
 
         async def sent(message: Message) -> None:
@@ -381,8 +388,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Serve until SIGTERM or SIGINT."""
     arguments = _arguments()
-    credentials = Credentials(arguments.user, os.environ[PASSWORD_VARIABLE])
+    credentials = Credentials(arguments.user, os.environ[CREDENTIAL_VARIABLE])
     # The engine takes its time zone from the process, and ClickHouse's servers run in UTC.
     os.environ["TZ"] = "UTC"
     time.tzset()

@@ -89,7 +89,18 @@ def start(certificates: Certificates | None, *, settings: dict[str, str] | None 
     if owner:
         os.chown(folder, owner.pw_uid, owner.pw_gid)
     _run(
-        [binaries / "initdb", "-D", data, "-U", SUPERUSER, "--auth=trust", "-E", "UTF8", "--locale=C.UTF-8", "--no-sync"],
+        [
+            binaries / "initdb",
+            "-D",
+            data,
+            "-U",
+            SUPERUSER,
+            "--auth=trust",
+            "-E",
+            "UTF8",
+            "--locale=C.UTF-8",
+            "--no-sync",
+        ],
         owner,
     )
     for _ in range(5):
@@ -176,8 +187,8 @@ def grant_export(server: PostgresServer, role: str, database: str, schema: str =
 
 
 def new_password() -> str:
-    """A password with characters that must be escaped in connection strings and URLs."""
-    return secrets.token_urlsafe(12) + " '\\@/%?"
+    """A random password."""
+    return secrets.token_urlsafe(18)
 
 
 def _configure(

@@ -17,7 +17,7 @@ from pg_exports.sandbox.source_tables import Execute
 EVENTS_A_BLOCK = 10
 # ClickHouse takes half a second to analyse the events' statement; sessions are grouped in memory.
 EVENTS_A_STATEMENT = 1_000_000
-EVENTS_A_STRETCH = 250_000
+EVENTS_A_STRETCH = 500_000
 HOURS_FROM_EMPTY_TO_END = 7
 MICROSECONDS_AN_HOUR = 3_600_000_000
 # Visits that start in each hour of the day, UTC, relative to one another.

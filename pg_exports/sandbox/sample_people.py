@@ -52,7 +52,9 @@ IDENTITIES = r"""
         concat('crm_', toString(100000 + name_of(p)))) AS distinct_id_of,
     p -> concat(
         '{"email":"user', toString(p), '@example.com","name":"',
-        pick(['Ada Lovelace', $$Zo\u00eb \ud83d\ude80$$, 'José Ñandú', $$Miles \"Tails\" Prower$$, '山田太郎'], p, 'name'),
+        pick(
+            ['Ada Lovelace', 'José Ñandú', '山田太郎', $$Zo\u00eb \ud83d\ude80$$, $$Miles \"Tails\" Prower$$],
+            p, 'name'),
         '","plan":"', pick(['free', 'pro', 'team', 'enterprise'], p, 'plan'),
         '","$initial_referring_domain":"', pick(['$direct', 'www.google.com', 'news.ycombinator.com'], p, 'origin'),
         '","company":{"name":"Acme ', toString(p % 97), '","seats":', toString(roll(p, 'seats') % 200), '}'

@@ -16,7 +16,7 @@ import urllib3
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import DatabaseError, StreamFailureError
 
-from pg_exports.sandbox.clickhouse_process import ClickHouseDidNotStart, ClickHouseServer, start, stop
+from pg_exports.sandbox.clickhouse_process import ClickHouseServer, ClickHouseStartError, start, stop
 
 ARROW_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
@@ -182,13 +182,17 @@ def test_an_exception_in_mid_stream_breaks_the_connection_off(running: Running) 
     assert answer.status == 200
     data = bytearray()
     with pytest.raises(urllib3.exceptions.ProtocolError):
-        for piece in answer.stream(1 << 16):
-            data += piece
+        _read_into(data, answer)
     tag = answer.headers["X-ClickHouse-Exception-Tag"]
     block = bytes(data[data.index(b"\r\n__exception__\r\n") :]).decode()
     assert block.startswith(f"\r\n__exception__\r\n{tag}\r\nCode: 395. DB::Exception: ")
     assert block.endswith(f" {tag}\r\n__exception__\r\n")
     assert ARROW_END_OF_STREAM not in data
+
+
+def _read_into(data: bytearray, answer: urllib3.BaseHTTPResponse) -> None:
+    for piece in answer.stream(1 << 16):
+        data += piece
 
 
 def test_clickhouse_connect_names_the_exception_in_mid_stream(client: Client) -> None:
@@ -208,16 +212,16 @@ def test_the_query_log_holds_the_comment(client: Client) -> None:
 @needs_proc
 def test_clients_that_hang_up_leave_nothing_behind(client: Client, running: Running) -> None:
     sql = "SELECT number, randomString(1000) FROM numbers(1000000) FORMAT ArrowStream"
-    path = f"/proc/{running.server.pid}/fd"
+    descriptors = Path(f"/proc/{running.server.pid}/fd")
     for attempt in range(60):
         if attempt == 10:
-            opened_before = len(os.listdir(path))
+            opened_before = len(list(descriptors.iterdir()))
         _request(running.server, sql, "/?max_block_size=1000").close()
     deadline = time.monotonic() + 10
     while client.command("SELECT count() FROM system.processes") != 1 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert client.command("SELECT count() FROM system.processes") == 1
-    assert len(os.listdir(path)) <= opened_before + 5
+    assert len(list(descriptors.iterdir())) <= opened_before + 5
 
 
 @needs_proc
@@ -251,6 +255,6 @@ def test_the_server_ends_quickly_with_an_open_stream_and_keeps_its_tables(tmp_pa
     again = start(tmp_path, user="default", password="", certificate=None, key=None)
     with _client(again) as client:
         assert client.command("SELECT count() FROM kept") == 2
-        with pytest.raises(ClickHouseDidNotStart, match="has another process opened it"):
+        with pytest.raises(ClickHouseStartError, match="has another process opened it"):
             start(tmp_path, user="default", password="", certificate=None, key=None)
     stop(again.pid)

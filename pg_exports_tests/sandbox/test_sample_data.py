@@ -25,7 +25,7 @@ class Engine:
     """ClickHouse in this process: `execute` is what `fill` wants, `rows` what the tests ask."""
 
     def __init__(self, folder: Path) -> None:
-        self.connection = chdb.connect(str(folder))
+        self.connection = chdb.connect(str(folder))  # type: ignore[no-untyped-call]  # chdb leaves it untyped
 
     def execute(self, statement: str, parameters: Mapping[str, object]) -> None:
         self.connection.query(statement, "Null", params=dict(parameters))
@@ -44,7 +44,7 @@ class Engine:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine = Engine(tmp_path_factory.mktemp("clickhouse"))
-    for database, seed in (("sample", 1), ("again", 1), ("other", 2)):
+    for database, seed in (("sample", 1), ("other", 2)):
         create_tables(engine.execute, database)
         fill(engine.execute, database, end=END, hours=HOURS, events=EVENTS, seed=seed)
     yield engine
@@ -85,20 +85,20 @@ LATEST_MAPPINGS = """(
     FROM sample.person_distinct_id2 GROUP BY team_id, distinct_id)"""
 
 
-@pytest.mark.parametrize("table", SOURCES)
-def test_the_same_seed_gives_the_same_rows_and_another_seed_gives_others(engine: Engine, table: str) -> None:
-    assert checksum(engine, "sample", table) == checksum(engine, "again", table)
-    assert checksum(engine, "sample", table) != checksum(engine, "other", table)
-
-
-def test_the_rows_do_not_depend_on_how_the_statements_are_cut(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_seed_gives_the_same_rows_however_the_statements_are_cut(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sample_data, "EVENTS_A_STATEMENT", 1_200)
     monkeypatch.setattr(sample_data, "EVENTS_A_STRETCH", 300)
-    create_tables(engine.execute, "cut")
-    fill(engine.execute, "cut", end=END, hours=HOURS, events=EVENTS, seed=1)
-    assert [checksum(engine, "cut", table) for table in SOURCES] == [
-        checksum(engine, "sample", table) for table in SOURCES
-    ]
+    create_tables(engine.execute, "again")
+    fill(engine.execute, "again", end=END, hours=HOURS, events=EVENTS, seed=1)
+    for table in SOURCES:
+        assert checksum(engine, "again", table) == checksum(engine, "sample", table), table
+
+
+@pytest.mark.parametrize("table", SOURCES)
+def test_another_seed_gives_other_rows(engine: Engine, table: str) -> None:
+    assert checksum(engine, "sample", table) != checksum(engine, "other", table)
 
 
 def test_tables_can_be_created_twice_without_doubling_the_channels(engine: Engine) -> None:

@@ -1,0 +1,172 @@
+"""Both servers of a sandbox, the roles and databases in them, and the environment in which exports reach them."""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+import clickhouse_connect
+from clickhouse_connect.driver.client import Client
+
+from pg_exports.sandbox import certificates, clickhouse_process, postgres_server
+from pg_exports.sandbox.certificates import HOST, Certificates
+from pg_exports.sandbox.clickhouse_process import ClickHouseServer
+from pg_exports.sandbox.postgres_server import PostgresServer
+
+ROLE = "exporter"
+DATABASE = "exports"
+SOURCE_DATABASE = "posthog"
+INSTANCE = "dagster"
+"""The database of Dagster's instance storage, and the role that owns it."""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Two running servers.
+
+    Attributes:
+        folder: certificates, ClickHouse's data, and `sandbox.json`, from which `load` reads all this again.
+        certificates: the authority that signed both servers' certificate for `localhost`.
+        clickhouse: with a user who may do everything; the sample data is in the database `posthog`.
+        postgres: with the role `exporter`, who has DESIGN's narrow grants in the database `exports`, and no others.
+        password: of the role `exporter`.
+        instance_password: of the role `dagster`.
+    """
+
+    folder: Path
+    certificates: Certificates
+    clickhouse: ClickHouseServer
+    postgres: PostgresServer
+    password: str
+    instance_password: str
+
+    def environment(self) -> dict[str, str]:
+        """The variables with which `defs/` and `dagster.yaml` reach this sandbox."""
+        certificate = str(self.certificates.authority)
+        instance = f"{INSTANCE}:{quote(self.instance_password, safe='')}@{HOST}:{self.postgres.port}/{INSTANCE}"
+        return {
+            "CLICKHOUSE_HOST": HOST,
+            "CLICKHOUSE_PORT": str(self.clickhouse.https_port),
+            "CLICKHOUSE_USER": self.clickhouse.user,
+            "CLICKHOUSE_PASSWORD": self.clickhouse.password,
+            "CLICKHOUSE_DATABASE": SOURCE_DATABASE,
+            "CLICKHOUSE_SECURE": "true",
+            "CLICKHOUSE_CA_CERTIFICATE": certificate,
+            "POSTGRES_HOST": HOST,
+            "POSTGRES_PORT": str(self.postgres.port),
+            "POSTGRES_USER": ROLE,
+            "POSTGRES_PASSWORD": self.password,
+            "POSTGRES_DATABASE": DATABASE,
+            "POSTGRES_VERIFY_SERVER_IDENTITY": "ca-and-hostname",
+            "POSTGRES_ROOT_CERTIFICATE": certificate,
+            "DAGSTER_POSTGRES_URL": f"postgresql://{instance}?sslmode=verify-full&sslrootcert={quote(certificate)}",
+            "PG_EXPORTS_TEAM_ID": "1",
+        }
+
+    @contextlib.contextmanager
+    def clickhouse_client(self, database: str = "default") -> Iterator[Client]:
+        """A client of the sandbox's ClickHouse, over HTTPS with the certificate verified."""
+        client = clickhouse_connect.get_client(
+            host=HOST,
+            port=self.clickhouse.https_port,
+            interface="https",
+            username=self.clickhouse.user,
+            password=self.clickhouse.password,
+            database=database,
+            ca_cert=str(self.certificates.authority),
+            autogenerate_session_id=False,
+        )
+        with contextlib.closing(client):
+            yield client
+
+    def execute(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
+        """Run one ClickHouse statement, with `{name:Type}` parameters."""
+        with self.clickhouse_client() as client:
+            client.command(sql, dict(parameters or {}))
+
+    @property
+    def is_running(self) -> bool:
+        """Whether both servers answer."""
+        with contextlib.suppress(Exception), self.clickhouse_client() as client:
+            return bool(client.ping()) and postgres_server.is_running(self.postgres)
+        return False
+
+
+def start(folder: Path) -> Sandbox:
+    """Start both servers, with empty databases. What was in the folder is gone.
+
+    Raises:
+        PostgresSandboxError, ClickHouseStartError: a server did not come up; with the end of its log.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    issued = certificates.issue(folder / "certificates")
+    postgres = postgres_server.start(issued)
+    try:
+        clickhouse = clickhouse_process.start(
+            folder / "clickhouse",
+            user=ROLE,
+            password=postgres_server.new_password(),
+            certificate=issued.certificate,
+            key=issued.key,
+        )
+    except BaseException:
+        postgres_server.stop(postgres)
+        raise
+    password, instance_password = postgres_server.new_password(), postgres_server.new_password()
+    sandbox = Sandbox(folder, issued, clickhouse, postgres, password, instance_password)
+    postgres_server.create_role(postgres, ROLE, password)
+    postgres_server.create_role(postgres, INSTANCE, instance_password)
+    postgres_server.create_database(postgres, DATABASE)
+    postgres_server.create_database(postgres, INSTANCE, owner=INSTANCE)
+    postgres_server.grant_export(postgres, ROLE, DATABASE)
+    postgres_server.grant_export(postgres, INSTANCE, INSTANCE)
+    _save(sandbox)
+    return sandbox
+
+
+def stop(sandbox: Sandbox) -> None:
+    """Stop both servers and delete everything that they held."""
+    clickhouse_process.stop(sandbox.clickhouse.pid)
+    postgres_server.stop(sandbox.postgres)
+    shutil.rmtree(sandbox.folder, ignore_errors=True)
+
+
+def load(folder: Path) -> Sandbox | None:
+    """The sandbox that was started in the folder, running or not; None where there is none."""
+    file = folder / "sandbox.json"
+    if not file.exists():
+        return None
+    kept = json.loads(file.read_text())
+    clickhouse = kept["clickhouse"] | {"folder": Path(kept["clickhouse"]["folder"])}
+    postgres = {name: Path(value) if name in ("folder", "log") else value for name, value in kept["postgres"].items()}
+    return Sandbox(
+        folder,
+        Certificates(**{name: Path(value) for name, value in kept["certificates"].items()}),
+        ClickHouseServer(**clickhouse),
+        PostgresServer(**postgres),
+        kept["password"],
+        kept["instance_password"],
+    )
+
+
+def _save(sandbox: Sandbox) -> None:
+    kept = {
+        "certificates": vars(sandbox.certificates),
+        "clickhouse": vars(sandbox.clickhouse),
+        "postgres": vars(sandbox.postgres),
+        "password": sandbox.password,
+        "instance_password": sandbox.instance_password,
+    }
+    write_private(sandbox.folder / "sandbox.json", json.dumps(kept, default=str, indent=2))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)

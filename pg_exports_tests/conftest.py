@@ -1,0 +1,236 @@
+"""Shared fixtures: one sandbox for the session; for each test a ClickHouse database and a Postgres schema of its own.
+
+Exports run as the narrow role over verified TLS. The superuser, over a socket, only looks at what landed.
+"""
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+
+from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource
+from pg_exports.postgres.identifiers import quoted
+from pg_exports.sandbox import Sandbox, postgres_server, sample_data, servers, source_tables
+from pg_exports.sandbox.certificates import HOST
+from pg_exports.sandbox.servers import DATABASE, ROLE
+
+SAMPLE_HOURS = 30
+SAMPLE_EVENTS = 3_000
+TEAM = 1
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """Both servers, for the whole session."""
+    running = servers.start(tmp_path_factory.mktemp("sandbox") / "servers")
+    yield running
+    servers.stop(running)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A ClickHouse database with PostHog's tables."""
+
+    sandbox: Sandbox
+    database: str
+
+    def execute(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
+        """Run a statement in this database."""
+        with self.sandbox.clickhouse_client(self.database) as client:
+            client.command(sql, dict(parameters or {}))
+
+    def rows(self, sql: str, parameters: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
+        """Rows of a query in this database."""
+        with self.sandbox.clickhouse_client(self.database) as client:
+            return [tuple(row) for row in client.query(sql, dict(parameters or {})).result_rows]
+
+    def insert(self, table: str, *rows: Mapping[str, object]) -> None:
+        """Insert rows that have the same columns."""
+        with self.sandbox.clickhouse_client(self.database) as client:
+            client.insert(table, [list(row.values()) for row in rows], column_names=list(rows[0]))
+
+    def resource(self, **changes: Any) -> ClickHouseResource:
+        """The connection of an export to this database, over HTTPS with the certificate verified."""
+        settings: dict[str, Any] = {
+            "host": HOST,
+            "port": self.sandbox.clickhouse.https_port,
+            "user": self.sandbox.clickhouse.user,
+            "password": self.sandbox.clickhouse.password,
+            "database": self.database,
+            "secure": True,
+            "ca_certificate": str(self.sandbox.certificates.authority),
+        }
+        return ClickHouseResource(**(settings | changes))
+
+
+@pytest.fixture
+def source(sandbox: Sandbox) -> Iterator[Source]:
+    """A database of the test's own, with empty tables."""
+    database = f"test_{uuid.uuid4().hex[:12]}"
+    source_tables.create_tables(sandbox.execute, database)
+    yield Source(sandbox, database)
+    sandbox.execute(f"DROP DATABASE {database} SYNC")
+
+
+@pytest.fixture(scope="session")
+def sample_end() -> datetime:
+    """End of the sample's last interval."""
+    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
+
+
+@pytest.fixture(scope="session")
+def sample(sandbox: Sandbox, sample_end: datetime) -> Source:
+    """A database with sample data, shared: tests only read it."""
+    source_tables.create_tables(sandbox.execute, "sample")
+    sample_data.fill(sandbox.execute, "sample", end=sample_end, hours=SAMPLE_HOURS, events=SAMPLE_EVENTS)
+    return Source(sandbox, "sample")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A Postgres schema in which the narrow role may create tables, and nothing else."""
+
+    sandbox: Sandbox
+    schema: str
+
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        """Rows of a query as the superuser, with the schema on the search path."""
+        with (
+            postgres_server.admin(self.sandbox.postgres, DATABASE) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute(f"SET search_path = {quoted(self.schema)}")
+            cursor.execute(sql)
+            return [tuple(row) for row in cursor.fetchall()]
+
+    def execute(self, *statements: str) -> None:
+        """Run statements as the superuser, with the schema on the search path."""
+        with (
+            postgres_server.admin(self.sandbox.postgres, DATABASE) as connection,
+            connection.cursor() as cursor,
+        ):
+            cursor.execute(f"SET search_path = {quoted(self.schema)}")
+            for statement in statements:
+                cursor.execute(statement)
+
+    def count(self, table: str) -> int:
+        """Rows of a table."""
+        [(rows,)] = self.rows(f"SELECT count(*) FROM {quoted(table)}")
+        return int(rows)
+
+    def resource(self, **changes: Any) -> PostgresResource:
+        """The connection of an export, as the narrow role over TLS with certificate and host verified."""
+        settings: dict[str, Any] = {
+            "host": HOST,
+            "port": self.sandbox.postgres.port,
+            "user": ROLE,
+            "password": self.sandbox.password,
+            "database": DATABASE,
+            "verify_server_identity": "ca-and-hostname",
+            "root_certificate": str(self.sandbox.certificates.authority),
+        }
+        return PostgresResource(**(settings | changes))
+
+
+@pytest.fixture
+def target(sandbox: Sandbox) -> Iterator[Target]:
+    """A schema of the test's own."""
+    schema = f"test_{uuid.uuid4().hex[:12]}"
+    postgres_server.grant_export(sandbox.postgres, ROLE, DATABASE, schema)
+    yield Target(sandbox, schema)
+    sandbox.postgres.execute(f"DROP SCHEMA {quoted(schema)} CASCADE", database=DATABASE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run ended: its failure as a user reads it (None for success), and the metadata of each partition."""
+
+    error: str | None
+    metadata: dict[str, dict[str, Any]] = field(repr=False)
+    log: list[str] = field(repr=False)
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Rows inserted, updated and unchanged, over all partitions."""
+        inserted, updated, unchanged = (
+            sum(values[name] for values in self.metadata.values())
+            for name in ("rows_inserted", "rows_updated", "rows_unchanged")
+        )
+        return inserted, updated, unchanged
+
+
+def partition_key(moment: datetime) -> str:
+    """The key of the hourly (or shorter) partition that begins at a moment."""
+    return f"{moment.astimezone(UTC):%Y-%m-%d-%H:%M}"
+
+
+def materialise(
+    export: PostgresExport,
+    clickhouse: ClickHouseResource,
+    postgres: PostgresResource,
+    first: str,
+    last: str | None = None,
+    *,
+    downstream: Sequence[dg.AssetsDefinition] = (),
+) -> Run:
+    """Run an export for one partition, or for a range in one run, in this process."""
+    resources = {
+        "clickhouse": clickhouse,
+        "postgres": postgres,
+        "postgres_io_manager": PostgresIOManager(postgres=postgres),
+    }
+    mine = dg.Definitions(resources=resources, assets=downstream, executor=dg.in_process_executor)
+    job = dg.Definitions.merge(export.build_defs(None), mine).get_implicit_global_asset_job_def()
+    tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if last else {}
+    with dg.DagsterInstance.ephemeral() as instance:
+        result = job.execute_in_process(
+            instance=instance, partition_key=None if last else first, tags=tags, raise_on_error=False
+        )
+        log = [entry.user_message for entry in instance.all_logs(result.run_id)]
+    metadata = {
+        str(event.partition): {
+            name: value.value for name, value in event.step_materialization_data.materialization.metadata.items()
+        }
+        for event in result.all_events
+        if event.is_step_materialization
+    }
+    failures = [event.step_failure_data for event in result.all_events if event.is_step_failure]
+    return Run(_text(failures[0]) if failures else None, metadata, log)
+
+
+def _text(failure: Any) -> str:
+    if failure.user_failure_data and failure.user_failure_data.description:
+        return str(failure.user_failure_data.description)
+    return str(failure.error.to_string() if failure.error else "")
+
+
+RunExport = Callable[..., Run]
+
+
+@pytest.fixture
+def run(source: Source, target: Target) -> RunExport:
+    """`run(export, first, last=None)`: from the test's own database into its own schema."""
+
+    def run_export(export: PostgresExport, first: str, last: str | None = None, **options: Any) -> Run:
+        clickhouse = options.pop("clickhouse", None) or source.resource()
+        postgres = options.pop("postgres", None) or target.resource()
+        return materialise(export, clickhouse, postgres, first, last, **options)
+
+    return run_export
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The folder with pyproject.toml."""
+    return Path(__file__).parent.parent
+
+
+@pytest.fixture
+def hour() -> datetime:
+    """Start of a recent hour that is over."""
+    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=3)

@@ -1,0 +1,182 @@
+"""An export's intervals in Postgres: loaded once, completed by re-runs, read back by what is downstream."""
+
+import json
+import uuid
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+import polars as pl
+
+from pg_exports import PostgresExport
+from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
+
+HOUR = timedelta(hours=1)
+
+
+def events_export(target: Target, hour: datetime, **changes: Any) -> PostgresExport:
+    settings: dict[str, Any] = {"model": "events", "team_id": TEAM, "schema": target.schema}
+    return PostgresExport(**(settings | {"start": hour - 24 * HOUR} | changes))
+
+
+def event(inserted_at: datetime, **changes: object) -> dict[str, object]:
+    row: dict[str, object] = {
+        "uuid": uuid.uuid4(),
+        "event": "$pageview",
+        "properties": json.dumps({"$ip": "10.0.0.1"}),
+        "timestamp": inserted_at,
+        "team_id": TEAM,
+        "distinct_id": "a",
+        "elements_chain": "",
+        "created_at": inserted_at,
+        "person_id": uuid.uuid4(),
+        "person_properties": "{}",
+        "_timestamp": inserted_at,
+        "_offset": 0,
+        "inserted_at": inserted_at,
+    }
+    return row | changes
+
+
+def test_a_rerun_adds_only_the_late_events(source: Source, target: Target, run: RunExport, hour: datetime) -> None:
+    source.insert("events", event(hour), event(hour))
+    export = events_export(target, hour)
+    assert run(export, partition_key(hour)).counts == (2, 0, 0)
+    source.insert("events", event(hour, timestamp=hour - 30 * 24 * HOUR))
+    assert run(export, partition_key(hour)).counts == (1, 0, 2)
+    assert run(export, partition_key(hour)).counts == (0, 0, 3)
+    assert target.count("events") == 3
+
+
+def test_a_range_over_hours_that_single_runs_loaded_adds_nothing(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour + HOUR), event(hour - HOUR))
+    export = events_export(target, hour)
+    run(export, partition_key(hour))
+    both = run(export, partition_key(hour - HOUR), partition_key(hour + HOUR))
+    assert both.counts == (2, 0, 1)
+    assert sorted(both.metadata) == [partition_key(hour - HOUR), partition_key(hour), partition_key(hour + HOUR)]
+
+
+def test_a_day_over_hours_that_another_export_loaded_adds_nothing(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    day = hour.replace(hour=0) - 24 * HOUR
+    source.insert("events", event(day + 5 * HOUR), event(day + 6 * HOUR))
+    run(events_export(target, day, start=day), partition_key(day + 5 * HOUR))
+    daily = events_export(target, day, start=day.date(), name="daily", table="events", interval="day")
+    assert run(daily, f"{day:%Y-%m-%d}").counts == (1, 0, 1)
+
+
+def test_rows_that_were_in_the_table_before_are_recognised(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    here = event(hour)
+    source.insert("events", here, event(hour))
+    target.execute(
+        'CREATE TABLE events (uuid text, event text, "timestamp" timestamptz, distinct_id text, team_id bigint)',
+        f"INSERT INTO events VALUES ('{here['uuid']}', '$pageview', now(), 'a', {TEAM})",
+        "GRANT INSERT, SELECT ON events TO exporter",
+    )
+    assert run(events_export(target, hour), partition_key(hour)).counts == (1, 0, 1)
+
+
+def test_a_table_that_was_truncated_is_loaded_afresh(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour))
+    export = events_export(target, hour)
+    run(export, partition_key(hour))
+    target.execute("TRUNCATE events")
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+
+
+def test_a_table_that_was_rewritten_keeps_its_rows_once(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour))
+    export = events_export(target, hour)
+    run(export, partition_key(hour))
+    target.execute("VACUUM FULL events")
+    assert run(export, partition_key(hour)).counts == (0, 0, 1)
+
+
+def test_another_teams_export_into_the_same_table_keeps_both_teams_rows(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour, team_id=2))
+    run(events_export(target, hour), partition_key(hour))
+    other = events_export(target, hour, name="team_two", table="events", team_id=2)
+    assert run(other, partition_key(hour)).counts == (1, 0, 0)
+    assert target.rows("SELECT team_id FROM events ORDER BY 1") == [(1,), (2,)]
+
+
+def test_an_empty_interval_succeeds_and_stands_in_the_ledger(target: Target, run: RunExport, hour: datetime) -> None:
+    assert run(events_export(target, hour), partition_key(hour)).counts == (0, 0, 0)
+    assert target.rows("SELECT destination, export, rows_at_source FROM pg_exports_ledger") == [("events", "events", 0)]
+
+
+def test_an_empty_interval_fails_where_the_role_may_not_write(target: Target, run: RunExport, hour: datetime) -> None:
+    target.execute("CREATE TABLE events (uuid text)", "GRANT SELECT ON events TO exporter")
+    error = run(events_export(target, hour), partition_key(hour)).error
+    assert error is not None
+    assert f'GRANT INSERT, SELECT, UPDATE ON "{target.schema}"."events" TO "exporter";' in error
+
+
+def test_the_ledger_holds_an_intervals_counts_and_its_run(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour))
+    run(events_export(target, hour), partition_key(hour))
+    [row] = target.rows(
+        "SELECT interval_start, interval_end, team_id, rows_at_source, rows_inserted, bytes > 0, run_id <> '',"
+        " started_at <= committed_at FROM pg_exports_ledger"
+    )
+    assert row == (hour, hour + HOUR, TEAM, 2, 2, True, True, True)
+
+
+def test_a_failing_interval_leaves_nothing_and_those_before_it_stay(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour + HOUR), event(hour + HOUR, event="x" * 201))
+    failed = run(events_export(target, hour), partition_key(hour), partition_key(hour + HOUR))
+    assert failed.error is not None
+    assert "Column event" in failed.error
+    assert target.count("events") == 1
+    assert target.count("pg_exports_ledger") == 1
+    assert target.rows("SELECT relname FROM pg_class WHERE relname LIKE 'pg_exports_staging%'") == []
+
+
+def test_downstream_reads_the_intervals_rows_where_the_table_has_inserted_at(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour + HOUR), event(hour + HOUR, team_id=2))
+    export = events_export(target, hour)
+    run(export, partition_key(hour))
+    target.execute("ALTER TABLE events ADD COLUMN inserted_at timestamptz")
+    read = run(export, partition_key(hour + HOUR), downstream=[row_count(export)])
+    assert read.error is None
+    assert f"1 rows, {{'$ip': '10.0.0.1'}}, {(hour + HOUR).astimezone(UTC)}" in " ".join(read.log)
+
+
+def test_downstream_reads_the_whole_table_where_it_has_no_inserted_at(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour + HOUR), event(hour + HOUR, team_id=2))
+    export = events_export(target, hour)
+    run(export, partition_key(hour))
+    read = run(export, partition_key(hour + HOUR), downstream=[row_count(export)])
+    assert read.error is None
+    assert "2 rows" in " ".join(read.log)
+
+
+def row_count(export: PostgresExport) -> dg.AssetsDefinition:
+    partitions = next(iter(export.build_defs(None).assets or [])).partitions_def  # type: ignore[union-attr]
+
+    @dg.asset(partitions_def=partitions, io_manager_key="memory", resource_defs={"memory": dg.mem_io_manager})
+    def downstream(context: dg.AssetExecutionContext, events: pl.DataFrame) -> None:
+        seen = events["inserted_at"].max() if "inserted_at" in events.columns else ""
+        context.log.info(f"{events.height} rows, {json.loads(events['properties'][0])}, {seen}")
+
+    return downstream
