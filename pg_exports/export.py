@@ -6,10 +6,11 @@ What is exported is `models/`'s business, when is `partitions`'; how rows are re
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import dagster as dg
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -29,7 +30,7 @@ OWNER = "team:pg_exports"
 _VARIABLE = re.compile(r"\{\{\s*env\.(\w+)\s*\}\}")
 
 
-def _as_written(context: dg.ResolutionContext, value: object) -> object:
+def _as_written(context: dg.ResolutionContext, value: Any) -> Any:
     """A YAML value with its templates filled in; reading it is the field's own business."""
     return context.resolve_value(value)
 
@@ -131,7 +132,7 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
                 ".env file of the project), or write the value into the export's YAML."
             )
         try:
-            return super().resolve_from_model(context, model)
+            return cast("PostgresExport", super().resolve_from_model(context, model))
         except ValidationError as error:
             raise SettingsError(f"{who}: {_sentence(error)}") from None
         except SettingsError as error:
@@ -139,7 +140,7 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
 
     @field_validator("connection", mode="before")
     @classmethod
-    def _read_inline_connection(cls, value: object) -> object:
+    def _read_inline_connection(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
         try:
@@ -198,24 +199,27 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         model = MODELS[self.exported_model]
         partitions = self._grid().partitions(self.start)
 
-        @dg.asset(
-            name=self.key,
-            description=f"{model.description} Team {self.team_id}, into {self.destination.qualified}.",
-            group_name="pg_exports",
-            kinds={"clickhouse", "polars", "postgres"},
-            owners=[OWNER],
-            partitions_def=partitions,
-            backfill_policy=dg.BackfillPolicy.single_run(),
-            pool=self._connection_key(),
-            metadata=self._metadata(model),
-            **self._io_manager(),
-        )
         def export(context: dg.AssetExecutionContext, clickhouse: ClickHouseResource) -> IntervalFrames:
             ends = context.partition_key_range
             asked = intervals(partitions, context.partition_keys, [ends.start, ends.end], datetime.now(UTC))
             return self._frames(context, clickhouse, model, asked)
 
-        return export
+        with warnings.catch_warnings():
+            # Dagster calls backfill policies and an asset's own IO manager beta; a user can do nothing about it.
+            warnings.simplefilter("ignore", dg.BetaWarning)
+            asset: dg.AssetsDefinition = dg.asset(
+                name=self.key,
+                description=f"{model.description} Team {self.team_id}, into {self.destination.qualified}.",
+                group_name="pg_exports",
+                kinds={"clickhouse", "polars", "postgres"},
+                owners=[OWNER],
+                partitions_def=partitions,
+                backfill_policy=dg.BackfillPolicy.single_run(),
+                pool=self._connection_key(),
+                metadata=self._metadata(model),
+                **self._io_manager(),
+            )(export)
+        return asset
 
     def _frames(
         self,

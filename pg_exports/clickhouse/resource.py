@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import clickhouse_connect
 import dagster as dg
@@ -23,6 +23,14 @@ CONNECT_TIMEOUT = 15
 
 READ_TIMEOUT = 300
 """Seconds without a byte after which a stream counts as frozen."""
+
+
+class Answer(arrow.ByteSource, Protocol):
+    """An HTTP answer that can be given back before its end."""
+
+    def close(self) -> None:
+        """Hang up."""
+        ...
 
 
 class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
@@ -46,7 +54,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
     database: str = "default"
     secure: bool = False
     ca_certificate: str | None = None
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
 
     @property
     def address(self) -> str:
@@ -74,8 +82,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
                 answer = client.raw_stream(
                     query.sql, dict(query.parameters), settings={"log_comment": log_comment}, fmt="ArrowStream"
                 )
-            opened.enter_context(contextlib.closing(answer))
-            yield self._frames(answer, model)
+            yield self._frames(opened.enter_context(contextlib.closing(cast("Answer", answer))), model)
 
     def has_dictionary(self, name: str) -> bool:
         """Whether the database has a dictionary that this user may see.
@@ -84,7 +91,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         """
         sql = "SELECT count() FROM system.dictionaries WHERE database = currentDatabase() AND name = {name:String}"
         with self._explained(), contextlib.closing(self._client()) as client:
-            return bool(client.query(sql, {"name": name}).first_item["count()"])
+            return bool(client.query(sql, {"name": name}).result_rows[0][0])
 
     def _client(self) -> Client:
         if self.ca_certificate and not Path(self.ca_certificate).is_file():

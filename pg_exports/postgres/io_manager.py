@@ -11,7 +11,6 @@ import pyarrow as pa
 
 from pg_exports.errors import SettingsError
 from pg_exports.interval import Interval, IntervalFrames
-from pg_exports.models import Model
 from pg_exports.postgres import ingest, ledger, merge
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted

@@ -68,7 +68,8 @@ def _insert_missing(table: DestinationTable, staging: str) -> str:
 def _upsert(table: DestinationTable, staging: str, rule: Merge) -> str:
     """Unchanged rows are left out first, as ON CONFLICT would lock and write them; in the order of the key, so that two
     merges of the same rows wait for each other instead of deadlocking; the rule stands twice, as the destination's row
-    may change between the two."""
+    may change between the two.
+    """
     key = [quoted(name) for name in table.model.key]
     others = [quoted(name) for name in table.column_names if name not in table.model.key]
     conflict = ", ".join(key)

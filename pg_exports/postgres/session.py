@@ -1,7 +1,7 @@
 """One connection to Postgres in use: statements, transactions and COPY through ADBC, with errors that a person can read."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pyarrow as pa
 from adbc_driver_postgresql import dbapi
@@ -83,4 +83,4 @@ class Session:
             dbapi.Error: Postgres refused; the caller knows which rows these are.
         """
         with self._connection.cursor() as cursor:
-            return cursor.adbc_ingest(table, batches, mode="append", db_schema_name=schema)
+            return int(cursor.adbc_ingest(table, batches, mode="append", db_schema_name=schema))

@@ -34,7 +34,7 @@ _FIELD = "`root_certificate` (POSTGRES_ROOT_CERTIFICATE)"
 
 @contextlib.contextmanager
 def libpq_settings(verify: VerifyServerIdentity, root_certificate: str) -> Iterator[dict[str, str]]:
-    """libpq's settings for one connection attempt. A root certificate that is no PEM file lives in a file meanwhile.
+    """Libpq's settings for one connection attempt. A root certificate that is no PEM file lives in a file meanwhile.
 
     Args:
         verify: the answer to "Verify server identity?".

@@ -14,7 +14,6 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +161,6 @@ def find_binaries() -> Path:
 
 def create_role(server: PostgresServer, role: str, password: str) -> None:
     """A login role without any privilege of its own."""
-
     server.execute(f"CREATE ROLE {quoted(role)} LOGIN NOINHERIT PASSWORD {literal(password)}")
 
 

@@ -143,12 +143,12 @@ def load(folder: Path) -> Sandbox | None:
         return None
     kept = json.loads(file.read_text())
     clickhouse = kept["clickhouse"] | {"folder": Path(kept["clickhouse"]["folder"])}
-    postgres = {name: Path(value) if name in ("folder", "log") else value for name, value in kept["postgres"].items()}
+    postgres = kept["postgres"]
     return Sandbox(
         folder,
         Certificates(**{name: Path(value) for name, value in kept["certificates"].items()}),
         ClickHouseServer(**clickhouse),
-        PostgresServer(**postgres),
+        PostgresServer(postgres["host"], postgres["port"], Path(postgres["folder"]), Path(postgres["log"])),
         kept["password"],
         kept["instance_password"],
     )

@@ -2,7 +2,7 @@
 
 import json
 import uuid
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -157,7 +157,7 @@ def test_downstream_reads_the_intervals_rows_where_the_table_has_inserted_at(
     target.execute("ALTER TABLE events ADD COLUMN inserted_at timestamptz")
     read = run(export, partition_key(hour + HOUR), downstream=[row_count(export)])
     assert read.error is None
-    assert f"1 rows, {{'$ip': '10.0.0.1'}}, {(hour + HOUR).astimezone(UTC)}" in " ".join(read.log)
+    assert f"1 rows, {{'$ip': '10.0.0.1'}}, {hour + HOUR}" in " ".join(read.log)
 
 
 def test_downstream_reads_the_whole_table_where_it_has_no_inserted_at(
@@ -176,7 +176,7 @@ def row_count(export: PostgresExport) -> dg.AssetsDefinition:
 
     @dg.asset(partitions_def=partitions, io_manager_key="memory", resource_defs={"memory": dg.mem_io_manager})
     def downstream(context: dg.AssetExecutionContext, events: pl.DataFrame) -> None:
-        seen = events["inserted_at"].max() if "inserted_at" in events.columns else ""
+        seen = events["inserted_at"].to_list()[-1] if "inserted_at" in events.columns else ""
         context.log.info(f"{events.height} rows, {json.loads(events['properties'][0])}, {seen}")
 
     return downstream
