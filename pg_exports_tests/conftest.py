@@ -17,7 +17,7 @@ from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, Po
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox, postgres_server, sample_data, servers, source_tables
 from pg_exports.sandbox.certificates import HOST
-from pg_exports.sandbox.servers import DATABASE, ROLE
+from pg_exports.sandbox.servers import DATABASE, ROLE, SOURCE_DATABASE
 
 SAMPLE_HOURS = 30
 SAMPLE_EVENTS = 3_000
@@ -86,9 +86,9 @@ def sample_end() -> datetime:
 @pytest.fixture(scope="session")
 def sample(sandbox: Sandbox, sample_end: datetime) -> Source:
     """A database with sample data, shared: tests only read it."""
-    source_tables.create_tables(sandbox.execute, "sample")
-    sample_data.fill(sandbox.execute, "sample", end=sample_end, hours=SAMPLE_HOURS, events=SAMPLE_EVENTS)
-    return Source(sandbox, "sample")
+    source_tables.create_tables(sandbox.execute, SOURCE_DATABASE)
+    sample_data.fill(sandbox.execute, SOURCE_DATABASE, end=sample_end, hours=SAMPLE_HOURS, events=SAMPLE_EVENTS)
+    return Source(sandbox, SOURCE_DATABASE)
 
 
 @dataclass(frozen=True)

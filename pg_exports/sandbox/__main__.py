@@ -1,5 +1,6 @@
-"""The sandbox's command: `python -m pg_exports.sandbox up | show | down`.
+"""The sandbox's command: `python -m pg_exports.sandbox check | up | show | down`.
 
+`check` says what must be installed first.
 `up` starts the servers in `.sandbox/`, fills ClickHouse and writes `.env`; where they run already it leaves them.
 `show` compares what ClickHouse holds with what landed in Postgres. `down` stops the servers and deletes their data.
 """
@@ -12,23 +13,26 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from pg_exports.models import MODELS, Model, Selection
-from pg_exports.sandbox import sample_data, servers, source_tables
+from pg_exports.sandbox import postgres_server, sample_data, servers, source_tables
 from pg_exports.sandbox.servers import DATABASE, ROLE, SOURCE_DATABASE, Sandbox
 
 FOLDER = Path(".sandbox")
 ENVIRONMENT = Path(".env")
+MARK = "# Written for the sandbox by `make`, which overwrites it. For servers of your own, remove this line."
 RANGE = "demo_range"
 HOUR = timedelta(hours=1)
 TEAM = 1
 
 
 def main() -> int:
-    """Run one of the three commands."""
+    """Run one of the commands."""
     parser = argparse.ArgumentParser(prog="python -m pg_exports.sandbox", description=__doc__)
-    parser.add_argument("command", choices=("up", "show", "down"))
+    parser.add_argument("command", choices=("check", "up", "show", "down"))
     parser.add_argument("--hours", type=int, default=72, help="hours of sample data, up to now (default 72)")
     parser.add_argument("--events", type=int, default=20_000, help="events of sample data (default 20,000)")
     arguments = parser.parse_args()
+    if arguments.command == "check":
+        return _check()
     sandbox = servers.load(FOLDER.resolve())
     if arguments.command == "up":
         return _up(sandbox, arguments.hours, arguments.events)
@@ -42,7 +46,19 @@ def main() -> int:
     return 0
 
 
+def _check() -> int:
+    try:
+        postgres_server.find_binaries()
+    except postgres_server.PostgresSandboxError as error:
+        sys.stderr.write(f"{error}\n")
+        return 1
+    return 0
+
+
 def _up(sandbox: Sandbox | None, hours: int, events: int) -> int:
+    if ENVIRONMENT.exists() and not ENVIRONMENT.read_text().startswith(MARK):
+        sys.stderr.write(".env holds settings of your own. Move it away: the sandbox writes one for itself.\n")
+        return 1
     if sandbox and sandbox.is_running:
         return 0
     if sandbox:

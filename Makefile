@@ -1,0 +1,56 @@
+# `make demo` and `make test` each work as the first command on a fresh Debian or Ubuntu machine with Python 3.11+.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Installing what is missing takes root; elsewhere sudo asks for it.
+APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
+
+.PHONY: help demo test dev lint clean sandbox postgresql
+
+help: ## What there is to make
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+
+demo: sandbox ## Export three days of sample data, and show what landed
+	@echo "Exporting $$(cat .sandbox/demo_range) (the log is .sandbox/demo.log) ..."
+	@$(BIN)/dg launch --assets events,persons,sessions --partition-range "$$(cat .sandbox/demo_range)" \
+		>.sandbox/demo.log 2>&1 || { tail -n 40 .sandbox/demo.log; exit 1; }
+	@$(BIN)/python -m pg_exports.sandbox show
+
+dev: sandbox ## The sandbox and Dagster's UI
+	@$(BIN)/dg dev
+
+test: lint postgresql ## Every check and test
+	@$(BIN)/python -m pytest
+
+lint: .venv/installed ## Format, lint, types, definitions
+	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy --no-error-summary
+	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+		DAGSTER_HOME="$$folder" PG_EXPORTS_TEAM_ID=1 $(BIN)/dg check defs >"$$folder/log" 2>&1 || { cat "$$folder/log"; exit 1; }
+
+clean: ## Stop the sandbox; delete it and everything that was installed here
+	@if [ -x $(BIN)/python ] && [ -e .sandbox/sandbox.json ]; then $(BIN)/python -m pg_exports.sandbox down; fi
+	@rm -rf .venv .sandbox .pytest_cache .mypy_cache .ruff_cache
+
+sandbox: .venv/installed postgresql
+	@$(BIN)/python -m pg_exports.sandbox up
+
+postgresql: .venv/installed
+	@$(BIN)/python -m pg_exports.sandbox check 2>/dev/null \
+		|| { command -v apt-get >/dev/null && $(APT) update -qq && $(APT) install -qq -y postgresql >/dev/null; } \
+		|| $(BIN)/python -m pg_exports.sandbox check
+
+.venv/installed: pyproject.toml deploy/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: $$($(PYTHON) --version). Set PYTHON=python3.11, say."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+		|| { $(APT) update -qq && $(APT) install -qq -y "python$$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')-venv" >/dev/null; }
+	@echo "Installing into .venv ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev]' --constraint deploy/constraints.txt
+	@touch $@
