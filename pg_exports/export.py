@@ -3,6 +3,7 @@
 What is exported is `models/`'s business, when is `partitions`'; how rows are read and written is further down.
 """
 
+import functools
 import json
 import os
 import re
@@ -10,14 +11,24 @@ import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, Self, cast
 
 import dagster as dg
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.errors import SettingsError
-from pg_exports.interval import Interval, IntervalFrames
+from pg_exports.interval import Deduplicate, Interval, IntervalFrames, OnBadRows
 from pg_exports.models import MODELS, Model, Query, Selection
 from pg_exports.partitions import Grid, IntervalLength, intervals
 from pg_exports.postgres import PostgresIOManager, PostgresResource
@@ -60,6 +71,21 @@ class InlineConnection(dg.Resolvable, BaseModel):
         )
 
 
+class _RefusingWithoutValues(BaseModel):
+    """The attributes of a YAML file. Dagster prints what it refuses, and a password may be among it."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse(cls, written: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(written)
+        except ValidationError as error:
+            # No ValueError: pydantic would put the values beside it.
+            raise SettingsError(
+                f"{_who(written if isinstance(written, Mapping) else {})}: {_sentence(error)}"
+            ) from None
+
+
 class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     """One model sent to one Postgres table on one interval.
 
@@ -82,7 +108,7 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         alias="model", description="What to export: events, persons or sessions."
     )
     team_id: int = Field(description="ClickHouse team whose rows are exported.")
-    start: Annotated[str | date | datetime, dg.Resolver(_as_written, model_field_type=str | date | datetime)] = Field(
+    start: Annotated[str | date | datetime, dg.Resolver(_as_written, model_field_type=str | float)] = Field(
         description="Beginning of the first interval: an ISO date (the period that begins on that date, at offset_hour) "
         "or datetime (read in timezone, or converted to it when it carries an offset)."
     )
@@ -113,6 +139,16 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             "root_certificate of one that only this export uses.",
         ),
     ] = "postgres"
+    on_bad_rows: OnBadRows = Field(
+        default="repair",
+        description="Rows that Postgres cannot hold: repair (where that is faithful, else set aside), reject (set them all "
+        "aside) or fail.",
+    )
+    deduplicate: Deduplicate = Field(
+        default="interval",
+        description="An event that ClickHouse received in two intervals lands in each of them (interval), or once in the "
+        "whole table (table).",
+    )
     paused: bool = Field(default=False, description="The schedule starts stopped.")
 
     @classmethod
@@ -124,7 +160,7 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
                 name. No value is shown, as it may be a secret.
         """
         written = model.model_dump(by_alias=True, exclude_unset=True)
-        who = f"Export {written.get('name') or written.get('model')}"
+        who = _who(written)
         missing = sorted(set(_VARIABLE.findall(json.dumps(written, default=str))) - set(os.environ))
         if missing:
             raise SettingsError(
@@ -137,6 +173,20 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             raise SettingsError(f"{who}: {_sentence(error)}") from None
         except SettingsError as error:
             raise SettingsError(f"{who}: {error}") from None
+
+    @classmethod
+    @functools.cache
+    def get_model_cls(cls) -> type[BaseModel]:
+        """The attributes as a YAML file has them."""
+        return create_model("PostgresExportModel", __base__=(_RefusingWithoutValues, cls.model()))
+
+    @field_validator("start", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: Any) -> Any:
+        # Pydantic would read one as seconds since 1970.
+        if not isinstance(value, (str, date)):
+            raise ValueError("must be an ISO date (2026-11-20) or an ISO datetime (2026-11-20T13:00:00+01:00)")
+        return value
 
     @field_validator("connection", mode="before")
     @classmethod
@@ -152,10 +202,12 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     @model_validator(mode="after")
     def _check(self) -> "PostgresExport":
         # Bounds stand here and not in the fields: there they would meet the templates of a YAML file.
-        if self.team_id < 0:
-            raise ValueError("`team_id` must not be negative")
+        if not 0 < self.team_id < 2**63:
+            raise ValueError("`team_id` must be a team's number, 1 or greater")
         if not re.fullmatch("[A-Za-z0-9_]+", self.key):
-            raise ValueError("`name` may hold letters, digits and underscores only")
+            raise ValueError("`name` must be letters, digits and underscores")
+        if isinstance(self.connection, str) and not re.fullmatch("[A-Za-z0-9_]+", self.connection):
+            raise ValueError("`connection` must be a resource key (letters, digits and underscores) or a connection")
         if not 0 <= self.offset_hour <= 23 or not 0 <= self.offset_day <= 6:
             raise ValueError("`offset_hour` must be 0 to 23, `offset_day` 0 (Sunday) to 6")
         if self.interval != "week" and self.offset_day:
@@ -164,6 +216,8 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             raise ValueError("`offset_hour` is for `interval: day` and `interval: week`")
         if self.exported_model != "events" and (self.include_events or self.exclude_events):
             raise ValueError("`include_events` and `exclude_events` are for `model: events`")
+        if self.exported_model != "events" and self.deduplicate != "interval":
+            raise ValueError("`deduplicate: table` is for `model: events`; persons and sessions are merged")
         if isinstance(self.connection, InlineConnection) and self.database is None:
             raise ValueError("`database` is required with an inline `connection`")
         return self
@@ -171,7 +225,7 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     @property
     def key(self) -> str:
         """The asset's key."""
-        return self.name or self.exported_model
+        return self.exported_model if self.name is None else self.name
 
     @property
     def destination(self) -> Destination:
@@ -180,7 +234,8 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         Raises:
             SettingsError: a name is empty or too long for Postgres.
         """
-        return Destination(self.database, self.destination_schema, self.table or self.exported_model)
+        table = self.exported_model if self.table is None else self.table
+        return Destination(self.database, self.destination_schema, table)
 
     def build_defs(self, context: dg.ComponentLoadContext | None) -> dg.Definitions:
         """The export's asset, job and schedule. The context is not used: None will do.
@@ -200,8 +255,13 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         partitions = self._grid().partitions(self.start)
 
         def export(context: dg.AssetExecutionContext, clickhouse: ClickHouseResource) -> IntervalFrames:
-            ends = context.partition_key_range
-            asked = intervals(partitions, context.partition_keys, [ends.start, ends.end], datetime.now(UTC))
+            if not (context.has_partition_key or context.has_partition_key_range):
+                raise SettingsError(
+                    f"Export {self.key} is partitioned, and this run names no partition. Give it one: "
+                    "`dg launch --partition` or `--partition-range`, or choose it in the UI."
+                )
+            keys = context.partition_key_range
+            asked = intervals(partitions, keys.start, keys.end, datetime.now(UTC))
             return self._frames(context, clickhouse, model, asked)
 
         with warnings.catch_warnings():
@@ -251,6 +311,8 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             intervals=asked,
             read=read,
             sql=lambda interval: query(interval).for_console(),
+            on_bad_rows=self.on_bad_rows,
+            deduplicate=self.deduplicate,
         )
 
     def _schedule(self, asset: dg.AssetsDefinition, job: Any) -> dg.ScheduleDefinition:
@@ -303,11 +365,19 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         }
 
 
+def _who(written: Mapping[str, Any]) -> str:
+    name = written.get("name") or written.get("model")
+    return f"Export {name}" if name else "An export"
+
+
 def _sentence(error: ValidationError) -> str:
     """A pydantic error in one line an attribute, without the values, which may be secrets."""
     return "; ".join(
-        f"`{'.'.join(str(part) for part in problem['loc'] if isinstance(part, (str, int)))}`: {problem['msg']}"
-        if problem["loc"]
-        else str(problem["msg"])
+        f"`{'.'.join(map(str, problem['loc']))}`: {_said(problem['msg'])}" if problem["loc"] else _said(problem["msg"])
         for problem in error.errors(include_url=False, include_input=False, include_context=False)
     )
+
+
+def _said(message: str) -> str:
+    # What pydantic puts before a validator's own words.
+    return message.removeprefix("Value error, ")

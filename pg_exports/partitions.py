@@ -3,7 +3,7 @@
 Dagster accepts a start inside a period and a key off the grid, and silently means the next period; here both are errors.
 """
 
-from collections.abc import Sequence
+import contextlib
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Literal
@@ -18,6 +18,9 @@ IntervalLength = Literal["hour", "day", "week", "every 5 minutes", "every 15 min
 
 _MINUTES = {"hour": "0", "every 5 minutes": "*/5", "every 15 minutes": "*/15"}
 _MINUTES_AFTER = {"hour": "1", "every 5 minutes": "1-59/5", "every 15 minutes": "1-59/15"}
+
+# Years that ClickHouse's DateTime holds.
+_FIRST_YEAR, _LAST_YEAR = 1971, 2105
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Grid:
         """`start` in the grid's timezone. A date is the period that begins on it."""
         zone = self._zone()
         value = _parsed(start)
+        if not _FIRST_YEAR <= value.year <= _LAST_YEAR:
+            raise SettingsError(f"`start` {start} is out of range: give a year from {_FIRST_YEAR} to {_LAST_YEAR}.")
         if not isinstance(value, datetime):
             hour = 0 if self.interval in _MINUTES else self.offset_hour
             value = datetime.combine(value, time(hour))
@@ -97,59 +102,66 @@ class Grid:
 
 
 def intervals(
-    partitions: dg.TimeWindowPartitionsDefinition, keys: Sequence[str], ends: Sequence[str], now: datetime
+    partitions: dg.TimeWindowPartitionsDefinition, first: str, last: str, now: datetime
 ) -> tuple[Interval, ...]:
     """The intervals of a run, in UTC, oldest first.
 
     Args:
         partitions: the export's partitions.
-        keys: the run's partition keys.
-        ends: the first and the last key as they were asked for.
+        first: the range's first key.
+        last: its last key, inclusive; the same for one partition.
         now: the current time; an interval must be over by then.
 
     Raises:
-        SettingsError: a key is off the grid, or its interval is not over.
+        SettingsError: a key is off the grid or before `start`, the range runs backwards, or an interval is not over.
     """
-    for key in ends:
-        _check_on_grid(partitions, key)
-    windows = [(key, partitions.time_window_for_partition_key(key)) for key in keys]
-    found = [Interval(key, window.start.astimezone(UTC), window.end.astimezone(UTC)) for key, window in windows]
-    found.sort(key=lambda interval: interval.start)
-    if found and found[-1].end > now:
+    begin, end = _window(partitions, first), _window(partitions, last)
+    if begin.start.timestamp() < partitions.start_timestamp:
         raise SettingsError(
-            f"Partition {found[-1].partition_key} covers {found[-1]}, which is not over: it is {now:%Y-%m-%d %H:%M:%S} UTC. "
+            f"Partition {first} is before the export's `start`: its first partition is "
+            f"{partitions.get_partition_key_for_timestamp(partitions.start_timestamp)}. Nothing was exported."
+        )
+    if begin.start.timestamp() > end.start.timestamp():
+        raise SettingsError(f"The range from {first} to {last} runs backwards. Nothing was exported.")
+    if end.end.timestamp() > now.timestamp():
+        raise SettingsError(
+            f"Partition {last} covers {_interval(last, end)}, which is not over: it is {now:%Y-%m-%d %H:%M:%S} UTC. "
             "Nothing was exported. Ask for it after its end, or for a range that ends before it."
         )
-    return tuple(found)
+    # Dagster names a range's first key wrongly where that is the second of two equal local times (02:00+0100).
+    _, *others = partitions.get_partition_keys_in_range(dg.PartitionKeyRange(first, last))
+    return tuple(_interval(key, partitions.time_window_for_partition_key(key)) for key in (first, *others))
 
 
-def _check_on_grid(partitions: dg.TimeWindowPartitionsDefinition, key: str) -> None:
+def _interval(key: str, window: dg.TimeWindow) -> Interval:
+    return Interval(key, window.start.astimezone(UTC), window.end.astimezone(UTC))
+
+
+def _window(partitions: dg.TimeWindowPartitionsDefinition, key: str) -> dg.TimeWindow:
     try:
         window = partitions.time_window_for_partition_key(key)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise SettingsError(
             f"Partition key {key!r} is no key of this export. Keys look like {partitions.fmt}."
         ) from None
-    meant = partitions.get_partition_keys_in_time_window(window)
-    if key not in meant:
+    # By its timestamp: in an hour that a change of clocks repeats, two windows begin at the same local time.
+    meant = partitions.get_partition_key_for_timestamp(window.start.timestamp())
+    if key != meant:
         before = partitions.get_prev_partition_window(window.start, respect_bounds=False)
-        names = [
-            boundary.strftime(partitions.fmt)
-            for boundary in (before.start if before else None, window.start)
-            if boundary
-        ]
+        names = [partitions.get_partition_key_for_timestamp(before.start.timestamp()), meant] if before else [meant]
         raise SettingsError(
             f"Partition key {key!r} is no boundary of this export's intervals: the keys around it are {' and '.join(names)}."
         )
+    return window
 
 
 def _parsed(start: str | date | datetime) -> date | datetime:
     if not isinstance(start, str):
         return start
     text = start.strip()
-    try:
-        return date.fromisoformat(text) if len(text) == len("2026-11-20") else datetime.fromisoformat(text)
-    except ValueError:
-        raise SettingsError(
-            f"`start` {start!r} is neither an ISO date (2026-11-20) nor an ISO datetime (2026-11-20T13:00:00+01:00)."
-        ) from None
+    for read in (date.fromisoformat, datetime.fromisoformat):
+        with contextlib.suppress(ValueError):
+            return read(text)
+    raise SettingsError(
+        f"`start` {start!r} is neither an ISO date (2026-11-20) nor an ISO datetime (2026-11-20T13:00:00+01:00)."
+    )

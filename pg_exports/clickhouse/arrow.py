@@ -6,7 +6,7 @@ or with anything behind it, rows are missing.
 
 import re
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 import pyarrow as pa
@@ -17,7 +17,13 @@ END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 TAIL_BYTES = 64 * 1024
 """Bytes kept of what was read last: an exception in mid-stream is text behind the last whole block."""
 
-_EXCEPTION = re.compile(rb"Code: (\d+)\. DB::.*", re.DOTALL)
+# What ClickHouse puts where the next message would begin; newer servers between two marks, as the answer's last bytes. No
+# other place counts: rows may hold such texts too.
+_EXCEPTION = re.compile(rb"\A\s*(?:__exception__\r\n(?:\w+\r\n)?)?(Code: (\d+)\. DB::.*)", re.DOTALL)
+_MARKED_EXCEPTION = re.compile(
+    rb"\r\n__exception__\r\n(?P<tag>\w+)\r\n(Code: (\d+)\. DB::.*)\d+ (?P=tag)\r\n__exception__\r\n\Z", re.DOTALL
+)
+_CLOSING_MARK = re.compile(r"\s+\d+ \w+\r\n__exception__\s*\Z")
 
 
 class ByteSource(Protocol):
@@ -37,8 +43,17 @@ class TruncatedStreamError(Exception):
         self.code = code
 
 
+class InvalidTextError(Exception):
+    """A text is no UTF-8. `column` is where it stands, `row` the row's other values."""
+
+    def __init__(self, column: str, row: Mapping[str, object]) -> None:
+        super().__init__(f"{column} holds a text that is no UTF-8")
+        self.column = column
+        self.row = row
+
+
 class _Tail:
-    """A file-like object for Arrow's reader that remembers the last bytes that went through it."""
+    """A file-like object for Arrow's reader that remembers the last bytes of a message that went through it."""
 
     closed = False
 
@@ -55,6 +70,11 @@ class _Tail:
             self._kept -= len(self._chunks.popleft())
         return data
 
+    def begin_message(self) -> None:
+        """Forget the message before."""
+        self._chunks.clear()
+        self._kept = 0
+
     def close(self) -> None:
         """Arrow's reader closes its source when it goes; the answer is closed by who opened it."""
 
@@ -68,34 +88,52 @@ def batches(source: ByteSource) -> Iterator[pa.RecordBatch]:
 
     Raises:
         TruncatedStreamError: the stream did not end with its marker, or something came after it.
-        pa.ArrowInvalid: a text is no UTF-8 (Polars would take it and panic later).
+        InvalidTextError: a text is no UTF-8 (Polars would take it and panic later).
     """
     tail = _Tail(source)
     try:
         reader = pa.ipc.open_stream(tail)
-        while (batch := _next(reader)) is not None:
-            batch.validate(full=True)
+        while (batch := _next(reader, tail)) is not None:
+            _check_text(batch)
             yield batch
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, pa.ArrowInvalid) and "UTF8" in str(error):
-            raise
         raise _truncated(tail) from error
     if not tail.last_bytes.endswith(END_OF_STREAM) or tail.read(1):
         raise _truncated(tail)
 
 
-def _next(reader: pa.RecordBatchReader) -> pa.RecordBatch | None:
+def _next(reader: pa.RecordBatchReader, tail: _Tail) -> pa.RecordBatch | None:
+    tail.begin_message()
     try:
         return reader.read_next_batch()
     except StopIteration:
         return None
 
 
+def _check_text(batch: pa.RecordBatch) -> None:
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if not _is_valid(column):
+            index = next(index for index in range(len(column)) if not _is_valid(column.slice(index, 1)))
+            row = batch.slice(index, 1)
+            others = {other: row[other] for other in batch.schema.names if _is_valid(row[other])}
+            raise InvalidTextError(name, {other: values[0].as_py() for other, values in others.items()})
+
+
+def _is_valid(column: pa.Array) -> bool:
+    try:
+        column.validate(full=True)
+    except pa.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+        return False
+    return True
+
+
 def _truncated(tail: _Tail) -> TruncatedStreamError:
     while tail.read(TAIL_BYTES):
         pass
-    match = _EXCEPTION.search(tail.last_bytes)
+    match = _EXCEPTION.search(tail.last_bytes) or _MARKED_EXCEPTION.search(tail.last_bytes)
     if match is None:
         return TruncatedStreamError(None, None)
-    text = match.group().decode(errors="replace").split("\r\n")[0].strip()
-    return TruncatedStreamError(text, int(match.group(1)))
+    *_, text, code = match.groups()
+    return TruncatedStreamError(_CLOSING_MARK.sub("", text.decode(errors="replace")).strip(), int(code))

@@ -1,6 +1,8 @@
 """What ClickHouse's refusals mean, for the person who reads them."""
 
-from clickhouse_connect.driver.exceptions import Error
+import re
+
+from clickhouse_connect.driver.exceptions import Error, ProgrammingError
 
 from pg_exports.errors import PassingError, SourceError
 
@@ -47,6 +49,10 @@ _REMEDIES = {
 def explained(error: Error, address: str) -> SourceError | PassingError:
     """The error to raise for one of clickhouse-connect: with an address, ClickHouse's own words and a remedy."""
     text = str(error)
+    if error.code is None and isinstance(error, ProgrammingError):
+        return SourceError(
+            f"The query for ClickHouse at {address} cannot be sent: {text}\nCheck the connection's `settings`."
+        )
     if error.code is None:
         return _no_answer(text, address)
     return refused(text, error.code, address)
@@ -54,10 +60,16 @@ def explained(error: Error, address: str) -> SourceError | PassingError:
 
 def refused(text: str, code: int | None, address: str) -> SourceError | PassingError:
     """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream."""
-    said = f"ClickHouse at {address} answered with an error: {text.strip()}"
+    said = f"ClickHouse at {address} answered with an error: {_own_words(text)}"
     if code in PASSING_CODES:
         return PassingError(said)
     return SourceError(f"{said}\n{_REMEDIES.get(code or 0, 'The query is in the materialisation of the asset.')}")
+
+
+def _own_words(text: str) -> str:
+    """ClickHouse's exception without what clickhouse-connect puts around it."""
+    own = re.search(r"Code: \d+\. DB::.*", text, re.DOTALL)
+    return re.sub(r"\s*\(for url [^)]*\)\s*\Z", "", own.group() if own else text).strip()
 
 
 def _no_answer(text: str, address: str) -> SourceError | PassingError:

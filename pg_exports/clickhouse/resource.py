@@ -1,14 +1,14 @@
 """The ClickHouse connection: its settings, and a query's answer as a stream of Polars frames."""
 
 import contextlib
-from collections.abc import Iterator
-from pathlib import Path
+import re
+import ssl
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, cast
 
 import clickhouse_connect
 import dagster as dg
 import polars as pl
-import pyarrow as pa
 import urllib3
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import Error
@@ -22,7 +22,22 @@ CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made."""
 
 READ_TIMEOUT = 300
-"""Seconds without a byte after which a stream counts as frozen."""
+"""Seconds without a byte after which a stream counts as frozen, where the resource does not say."""
+
+
+_WHOLE_ANSWERS: Mapping[str, int | str] = {
+    "limit": 0,
+    "offset": 0,
+    "skip_unavailable_shards": 0,
+    "use_query_cache": 0,
+    **{
+        f"{what}_overflow_mode": "throw"
+        for what in ("distinct", "group_by", "join", "read", "result", "set", "sort", "timeout", "transfer")
+    },
+    "output_format_arrow_string_as_string": 1,
+}
+"""A user's profile may have settings under which ClickHouse ends a shortened answer like a whole one, or sends text as
+bytes that nobody has checked. These undo them."""
 
 
 class Answer(arrow.ByteSource, Protocol):
@@ -43,6 +58,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         secure: HTTPS, with the server's certificate verified.
         ca_certificate: path of a PEM file with the authority that signed it; the system's authorities by default.
         settings: ClickHouse query settings for every query, such as `{"max_threads": 4}`.
+        read_timeout: seconds without a byte after which a stream counts as frozen.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -55,6 +71,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
     secure: bool = False
     ca_certificate: str | None = None
     settings: dict[str, Any] = Field(default={})
+    read_timeout: int = READ_TIMEOUT
 
     @property
     def address(self) -> str:
@@ -73,16 +90,17 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             log_comment: what ClickHouse's query log keeps beside the query.
 
         Raises:
+            SettingsError: the address or the authority cannot be one.
             SourceError: ClickHouse refused, or a value does not fit its column.
             PassingError: it did not answer, or the answer broke off before its end.
         """
         with contextlib.ExitStack() as opened:
             with self._explained():
                 client = opened.enter_context(contextlib.closing(self._client()))
-                answer = client.raw_stream(
-                    query.sql, dict(query.parameters), settings={"log_comment": log_comment}, fmt="ArrowStream"
-                )
-            yield self._frames(opened.enter_context(contextlib.closing(cast("Answer", answer))), model)
+                settings = {**_WHOLE_ANSWERS, "log_comment": log_comment}
+                answer = client.raw_stream(query.sql, dict(query.parameters), settings=settings, fmt="ArrowStream")
+            opened.enter_context(contextlib.closing(cast("Answer", answer)))
+            yield self._frames(_Body(cast("Answer", answer)), model)
 
     def has_dictionary(self, name: str) -> bool:
         """Whether the database has a dictionary that this user may see.
@@ -94,10 +112,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             return bool(client.query(sql, {"name": name}).result_rows[0][0])
 
     def _client(self) -> Client:
-        if self.ca_certificate and not Path(self.ca_certificate).is_file():
-            raise SettingsError(
-                f"ClickHouse's `ca_certificate` (CLICKHOUSE_CA_CERTIFICATE) is no file: {self.ca_certificate}"
-            )
+        self._check_address()
         return clickhouse_connect.get_client(
             interface="https" if self.secure else "http",
             host=self.host,
@@ -106,18 +121,44 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             password=self.password,
             database=self.database,
             ca_cert=self.ca_certificate,
-            settings=dict(self.settings),
+            # ClickHouse reads no "True".
+            settings={name: int(value) if isinstance(value, bool) else value for name, value in self.settings.items()},
             client_name="pg_exports",
             connect_timeout=CONNECT_TIMEOUT,
-            send_receive_timeout=READ_TIMEOUT,
+            send_receive_timeout=self.read_timeout,
             autogenerate_session_id=False,
             compress=False,
         )
 
+    def _check_address(self) -> None:
+        # A value that is no host may be a whole URL with a password in it: it is not shown.
+        if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", self.host):
+            raise SettingsError(
+                "ClickHouse's `host` (CLICKHOUSE_HOST) must be one host name or address ([::1] for IPv6), without "
+                "scheme, user and port."
+            )
+        if self.port is not None and not 0 < self.port < 2**16:
+            raise SettingsError(f"ClickHouse's `port` (CLICKHOUSE_PORT) must be 1 to 65535, not {self.port}.")
+        if self.ca_certificate:
+            try:
+                ssl.create_default_context(cafile=self.ca_certificate)
+            except OSError as error:
+                raise SettingsError(
+                    "ClickHouse's `ca_certificate` (CLICKHOUSE_CA_CERTIFICATE) must be a file of PEM certificates: "
+                    f"{self.ca_certificate} is not ({error.strerror or error})."
+                ) from None
+
     def _frames(self, answer: arrow.ByteSource, model: Model) -> Iterator[pl.DataFrame]:
         with self._explained():
-            for batch in arrow.batches(answer):
-                yield _conformed(model.finish(pl.DataFrame(pl.from_arrow(batch))), model)
+            try:
+                for batch in arrow.batches(answer):
+                    yield _conformed(model.finish(pl.DataFrame(pl.from_arrow(batch))), model)
+            except arrow.InvalidTextError as error:
+                row = ", ".join(f"{name} = {error.row[name]!r}" for name in model.key if name in error.row)
+                raise SourceError(
+                    f"Column {error.column} of {model.name} in ClickHouse at {self.address} holds a text that is no UTF-8, "
+                    f"in the row with {row}. Mend the row there: toValidUTF8 gives a text without the wrong bytes."
+                ) from None
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -129,19 +170,35 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             if error.text:
                 raise errors.refused(error.text, error.code, self.address) from None
             raise PassingError(f"The answer of ClickHouse at {self.address} broke off before its end.") from None
-        except pa.ArrowInvalid as error:
-            raise SourceError(f"ClickHouse at {self.address} holds a text that is no UTF-8: {error}") from None
         except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
             raise PassingError(f"The connection to ClickHouse at {self.address} broke: {error}") from None
+
+
+class _Body:
+    """An answer's body, which ends where the connection breaks: ClickHouse breaks it behind an exception's text."""
+
+    def __init__(self, answer: arrow.ByteSource) -> None:
+        self._answer = answer
+        self._is_broken = False
+
+    def read(self, size: int, /) -> bytes:
+        if self._is_broken:
+            return b""
+        try:
+            return self._answer.read(size)
+        except urllib3.exceptions.ProtocolError as error:
+            self._is_broken = True
+            partial = getattr(error.args[-1], "partial", b"")
+            return partial if isinstance(partial, bytes) else b""
 
 
 def _conformed(frame: pl.DataFrame, model: Model) -> pl.DataFrame:
     """The model's columns, each in its kind's type.
 
     Raises:
-        SourceError: a whole number is too great for 64 bits.
+        SourceError: a whole number is too great for 64 bits, or the answer lacks a column.
     """
     try:
         return frame.select(pl.col(column.name).cast(FRAME_TYPES[column.kind]) for column in model.columns)
-    except pl.exceptions.InvalidOperationError as error:
-        raise SourceError(f"A value of {model.name} in ClickHouse does not fit its column: {error}") from None
+    except pl.exceptions.PolarsError as error:
+        raise SourceError(f"What ClickHouse answers for {model.name} does not fit its columns: {error}") from None

@@ -5,6 +5,7 @@ import re
 from adbc_driver_postgresql import dbapi
 
 from pg_exports.errors import DestinationError, PassingError
+from pg_exports.postgres.identifiers import quoted
 
 # Classes and codes of Postgres's "Appendix A" that a later try may not meet.
 PASSING_SQLSTATES = (
@@ -25,6 +26,7 @@ _CONNECTION_LOST = (
     "no connection to the server",
     "SSL connection has been closed",
     "SSL SYSCALL error",
+    "unexpected eof while reading",
     "Connection reset",
     "terminating connection",
 )
@@ -59,12 +61,21 @@ _CONNECT_REMEDIES = (
     ),
     (
         "certificate verify failed",
-        "The server's certificate is not signed by the authority in `root_certificate` (POSTGRES_ROOT_CERTIFICATE). Set it "
-        "to the file of the authority that did, or to `system` for a public one.",
+        "The server's certificate is not signed by the authority in `root_certificate` (POSTGRES_ROOT_CERTIFICATE), or it "
+        "has expired. Set `root_certificate` to the file of the authority that did sign it (with any intermediate ones), "
+        "or to `system` for a public one; or renew the server's certificate.",
     ),
     (
         "no pg_hba.conf entry",
         "The server does not let this user in from here over TLS: add a `hostssl` line to its pg_hba.conf.",
+    ),
+    (
+        "is not permitted to log in",
+        "Run as a superuser: ALTER ROLE {user} LOGIN;",
+    ),
+    (
+        "invalid port number",
+        "Set `port` (POSTGRES_PORT) to the server's port, 5432 by default.",
     ),
     (
         "could not translate host name",
@@ -90,11 +101,15 @@ _PASSING_CONNECTS = (
 
 def connecting(error: dbapi.Error, *, address: str, user: str, database: str) -> DestinationError | PassingError:
     """The error to raise when no connection could be made."""
-    said = f"No connection to Postgres at {address}, database {database}, as {user}: {_libpq_text(error)}"
+    reason = _libpq_text(error)
+    said = f"No connection to Postgres at {address}, database {database}, as {user}: {reason}"
+    if "Temporary failure in name resolution" in reason:
+        return PassingError(f"{said}\nIs `host` (POSTGRES_HOST) right, and does this machine's name server answer?")
+    # Before what passes: of a host with two addresses one may refuse the connection and the other the password.
     for words, remedy in _CONNECT_REMEDIES:
-        if words in said:
-            return DestinationError(f"{said}\n{remedy.format(user=user, database=database)}")
-    if any(words in said for words in _PASSING_CONNECTS):
+        if words in reason:
+            return DestinationError(f"{said}\n{remedy.format(user=quoted(user), database=quoted(database))}")
+    if any(words in reason for words in _PASSING_CONNECTS):
         return PassingError(
             f"{said}\nIs the server running, and are `host` and `port` (POSTGRES_HOST, POSTGRES_PORT) right?"
         )

@@ -1,14 +1,16 @@
-"""Frames into a table by COPY, a bounded piece at a time."""
+"""Frames into a table by COPY, a bounded piece at a time; rows that Postgres refuses are taken out one by one."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import polars as pl
 from adbc_driver_postgresql import dbapi
 
-from pg_exports.errors import DestinationError, PassingError
-from pg_exports.postgres import errors, types
+from pg_exports.errors import DestinationError
+from pg_exports.interval import OnBadRows
+from pg_exports.postgres import bad_rows, errors, types
+from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 
@@ -16,31 +18,59 @@ COPY_BYTES = 32 * 1024 * 1024
 """Size of one COPY. Postgres's refusal of a row surfaces when its COPY ends: a bounded one fails early."""
 
 
+SetAside = Callable[[list[BadRow]], None]
+"""Takes rows that were rejected, a piece's at a time."""
+
+
 @dataclass(frozen=True)
 class Copied:
-    """Rows that were sent, and their size as Arrow in bytes."""
+    """Rows that were sent, how many of them repaired, rows that were rejected, and what was sent as Arrow in bytes."""
 
     rows: int
+    repaired: int
+    rejected: int
     bytes: int
 
 
-def copy_frames(session: Session, table: DestinationTable, into: str, frames: Iterable[pl.DataFrame]) -> Copied:
+def copy_frames(
+    session: Session,
+    table: DestinationTable,
+    into: str,
+    frames: Iterable[pl.DataFrame],
+    on_bad_rows: OnBadRows,
+    set_aside: SetAside,
+) -> Copied:
     """COPY frames into the table `into` of the destination's schema, which has the destination's columns and types.
 
+    Args:
+        session: in a transaction.
+        table: the destination.
+        into: the destination itself, or a staging table.
+        frames: rows with the model's columns.
+        on_bad_rows: what to do with rows that Postgres cannot hold.
+        set_aside: takes the rejected ones.
+
     Raises:
-        DestinationError: a value does not fit its column, or Postgres refused a row; with the row's key.
+        DestinationError: a row cannot be held and `on_bad_rows` is `fail`, with the row's key; or Postgres refused for
+            another reason than a value.
         PassingError: the connection broke.
     """
-    rows = size = 0
+    rows = repaired = rejected = size = 0
     for frame in pieces(frames):
-        batch = types.arrow_table(frame, table.pairs, table.model.key, table.qualified)
-        try:
-            session.copy(table.destination.schema, into, batch)
-        except dbapi.Error as error:
-            raise _refused(error, table, frame) from None
-        rows += frame.height
-        size += batch.nbytes
-    return Copied(rows, size)
+        found = bad_rows.sort_out(frame, table, on_bad_rows)
+        good, refused = found.good, found.bad
+        if not refused or on_bad_rows != "fail":
+            good, by_copy = _copy(session, table, into, good, on_bad_rows)
+            refused = refused + by_copy
+        if refused and on_bad_rows == "fail":
+            raise DestinationError(_failure(refused[0]))
+        if refused:
+            set_aside(refused)
+        rows += good.height
+        repaired += found.repaired
+        rejected += len(refused)
+        size += int(good.estimated_size())
+    return Copied(rows, repaired, rejected, size)
 
 
 def pieces(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
@@ -64,11 +94,51 @@ def _cut(frame: pl.DataFrame, size: int) -> Iterator[pl.DataFrame]:
     return frame.iter_slices(-(-frame.height // parts))
 
 
-def _refused(error: dbapi.Error, table: DestinationTable, frame: pl.DataFrame) -> DestinationError | PassingError:
-    refusal = errors.during(error, f"copying rows into {table.qualified}")
+def _copy(
+    session: Session, table: DestinationTable, into: str, frame: pl.DataFrame, on_bad_rows: OnBadRows
+) -> tuple[pl.DataFrame, list[BadRow]]:
+    """COPY one piece; gives the rows that went in, and those of which Postgres refused a value.
+
+    COPY names the first row that it refuses. Those before it are sent again, it is left out, and the rest follows: a row
+    is sent twice at most, however many are bad.
+    """
+    sent: list[pl.DataFrame] = []
+    bad: list[BadRow] = []
+    rest = frame
+    while rest.height:
+        session.execute("SAVEPOINT pg_exports_copy", doing="setting a savepoint")
+        try:
+            _send(session, table, into, rest)
+            sent.append(rest)
+            break
+        except dbapi.Error as error:
+            row = _refused_row(error)
+            if row is None or row >= rest.height:
+                raise errors.during(error, f"copying rows into {table.qualified}") from None
+            bad.append(bad_rows.bad_row(rest, row, table.model, None, errors.server_message(error)))
+            if on_bad_rows == "fail":
+                break
+        session.execute("ROLLBACK TO SAVEPOINT pg_exports_copy", doing="going back to a savepoint")
+        if row:
+            _send(session, table, into, rest[:row])
+            sent.append(rest[:row])
+        rest = rest[row + 1 :]
+    return pl.concat(sent) if sent else frame.clear(), bad
+
+
+def _send(session: Session, table: DestinationTable, into: str, frame: pl.DataFrame) -> None:
+    session.copy(table.destination.schema, into, types.arrow_table(frame, table.pairs))
+
+
+def _refused_row(error: dbapi.Error) -> int | None:
+    """Which row of a COPY it was (from 0), if Postgres refused one of its values: a data exception, or nesting too deep."""
     line = re.search(r"COPY .*?, line (\d+)", errors.server_message(error))
-    if line is None or isinstance(refusal, PassingError):
-        return refusal
-    row = frame.row(int(line.group(1)) - 1, named=True)
-    key = ", ".join(f"{name} = {row[name]!r}" for name in table.model.key)
-    return DestinationError(f"{refusal}\nThe row is the one with {key}. No row of the interval was written.")
+    is_about_a_value = (error.sqlstate or "").startswith(("22", "54001", "54000"))
+    return int(line.group(1)) - 1 if line and is_about_a_value else None
+
+
+def _failure(bad: BadRow) -> str:
+    return (
+        f"{bad.reason}\nThe row is the one with {bad.key}. No row of the interval was written. With `on_bad_rows: reject` "
+        "such rows are set aside, and the others land."
+    )

@@ -1,5 +1,6 @@
 """The IO manager: writes an export's intervals to its table, each in one transaction, and reads the table back."""
 
+import functools
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from pg_exports.errors import SettingsError
 from pg_exports.interval import Interval, IntervalFrames
-from pg_exports.postgres import ingest, ledger, merge
+from pg_exports.postgres import ingest, ledger, merge, rejected
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.ledger import Counts
@@ -57,12 +58,14 @@ class PostgresIOManager(dg.ConfigurableIOManager):
         with self.postgres.session(destination.database, context.log) as session:
             table = tables.ensure(session, destination, obj.model)
             ledger.ensure(session, destination.schema)
+            rejected.ensure(session, destination.schema)
             for interval in obj.intervals:
                 table = tables.inspect(session, destination, obj.model)
                 started = time.monotonic()
                 counts = _write(session, table, obj, interval, context.run_id)
                 seconds = time.monotonic() - started
-                context.log.info(f"{obj.export} {interval}: {_sentence(counts)} in {seconds:.1f} s")
+                say = context.log.warning if counts.rejected else context.log.info
+                say(f"{obj.export} {interval}: {_sentence(counts)} in {seconds:.1f} s")
                 _add_metadata(obj, interval, counts, seconds)
 
     def load_input(self, context: dg.InputContext) -> pl.DataFrame:
@@ -91,18 +94,30 @@ def _write(
 ) -> Counts:
     started_at = datetime.now(UTC)
     with session.transaction():
-        ledger.lock(session, table, interval)
+        ledger.lock(session, table, interval, whole_table=export.deduplicate == "table")
         past = ledger.past(session, table, export.team_id, interval)
+        rejected.resolve(session, table, export.export, interval)
+        set_aside = functools.partial(rejected.keep, session, table, export.export, interval, run_id)
+        copy = functools.partial(
+            ingest.copy_frames, session, table, on_bad_rows=export.on_bad_rows, set_aside=set_aside
+        )
         with export.read(interval) as frames:
-            if export.model.merge or past.may_hold_interval:
+            if export.model.merge or past.may_hold_interval or export.deduplicate == "table":
                 with merge.staging_table(session, table) as staging:
-                    copied = ingest.copy_frames(session, table, staging, frames)
+                    copied = copy(staging, frames)
                     merged = merge.merge(session, table, staging)
             else:
-                copied = ingest.copy_frames(session, table, table.destination.table, frames)
+                copied = copy(table.destination.table, frames)
                 merged = merge.Merged(inserted=copied.rows, updated=0)
-        unchanged = copied.rows - merged.inserted - merged.updated
-        counts = Counts(copied.rows, merged.inserted, merged.updated, unchanged, copied.bytes)
+        counts = Counts(
+            at_source=copied.rows + copied.rejected,
+            inserted=merged.inserted,
+            updated=merged.updated,
+            unchanged=copied.rows - merged.inserted - merged.updated,
+            repaired=copied.repaired,
+            rejected=copied.rejected,
+            bytes=copied.bytes,
+        )
         ledger.record(
             session,
             table,
@@ -120,7 +135,7 @@ def _write(
 def _sentence(counts: Counts) -> str:
     return (
         f"{counts.at_source} rows at the source, {counts.inserted} inserted, {counts.updated} updated, "
-        f"{counts.unchanged} unchanged"
+        f"{counts.unchanged} unchanged, {counts.repaired} repaired, {counts.rejected} rejected"
     )
 
 
@@ -132,6 +147,8 @@ def _add_metadata(export: IntervalFrames, interval: Interval, counts: Counts, se
             "rows_inserted": counts.inserted,
             "rows_updated": counts.updated,
             "rows_unchanged": counts.unchanged,
+            "rows_repaired": counts.repaired,
+            "rows_rejected": counts.rejected,
             "bytes": counts.bytes,
             "seconds": round(seconds, 3),
             "interval_start": dg.MetadataValue.timestamp(interval.start),
@@ -156,7 +173,7 @@ def _read(
         zone = "" if columns["inserted_at"] == "timestamptz" else " AT TIME ZONE 'UTC'"
         for operator, bound in ((">=", window.start), ("<", window.end)):
             parameters.append(bound.astimezone(UTC))
-            conditions.append(f"inserted_at {operator} ${len(parameters)}::timestamptz{zone}")
+            conditions.append(f"inserted_at {operator} ${len(parameters)}::text::timestamptz{zone}")
     where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
     names = ", ".join(quoted(name) for name in columns)
     answer = session.arrow(

@@ -30,6 +30,8 @@ CREATE TABLE IF NOT EXISTS {ledger} (
     rows_inserted bigint NOT NULL,
     rows_updated bigint NOT NULL,
     rows_unchanged bigint NOT NULL,
+    rows_repaired bigint NOT NULL,
+    rows_rejected bigint NOT NULL,
     bytes bigint NOT NULL,
     run_id text NOT NULL,
     started_at timestamptz NOT NULL,
@@ -41,9 +43,13 @@ CREATE TABLE IF NOT EXISTS {ledger} (
 _RECORD = """
 INSERT INTO {ledger} (
     destination, export, interval_start, interval_end, team_id, table_oid, table_filenode, rows_before,
-    rows_at_source, rows_inserted, rows_updated, rows_unchanged, bytes, run_id, started_at, committed_at
+    rows_at_source, rows_inserted, rows_updated, rows_unchanged, rows_repaired, rows_rejected, bytes, run_id, started_at,
+    committed_at
 )
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, clock_timestamp())
+VALUES (
+    $1, $2, $3::text::timestamptz, $4::text::timestamptz, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16,
+    $17::text::timestamptz, clock_timestamp()
+)
 ON CONFLICT (destination, export, interval_start, interval_end) DO UPDATE SET
     team_id = excluded.team_id,
     table_oid = excluded.table_oid,
@@ -53,6 +59,8 @@ ON CONFLICT (destination, export, interval_start, interval_end) DO UPDATE SET
     rows_inserted = excluded.rows_inserted,
     rows_updated = excluded.rows_updated,
     rows_unchanged = excluded.rows_unchanged,
+    rows_repaired = excluded.rows_repaired,
+    rows_rejected = excluded.rows_rejected,
     bytes = excluded.bytes,
     run_id = excluded.run_id,
     started_at = excluded.started_at,
@@ -71,7 +79,7 @@ SELECT
     EXISTS (
         SELECT FROM {ledger}
         WHERE destination = $1 AND table_oid = $2 AND table_filenode IS NOT DISTINCT FROM $3
-            AND team_id = $4 AND interval_start < $6 AND interval_end > $5
+            AND team_id = $4 AND interval_start < $6::text::timestamptz AND interval_end > $5::text::timestamptz
     ),
     EXISTS (SELECT FROM {table})
 """
@@ -85,6 +93,8 @@ class Counts:
     inserted: int
     updated: int
     unchanged: int
+    repaired: int
+    rejected: int
     bytes: int
 
 
@@ -103,7 +113,12 @@ class Past:
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the ledger where it is missing.
+    """Create the ledger where it is missing. Raises as `ensure_own`."""
+    ensure_own(session, schema, TABLE, _CREATE.format(ledger=quoted(schema, TABLE)))
+
+
+def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
+    """Create one of this product's own tables where it is missing.
 
     Raises:
         DestinationError: the role may not create it, or not write the one that another role made; with the GRANT.
@@ -117,25 +132,32 @@ def ensure(session: Session, schema: str) -> None:
         WHERE n.nspname = $1 AND c.relname = $2
         """,
         schema,
-        TABLE,
-        doing="looking up the ledger",
+        name,
+        doing=f"looking up {name}",
     )
-    ledger = quoted(schema, TABLE)
+    table = quoted(schema, name)
     if not rows:
-        tables.check_may_create(session, schema, f"the ledger {ledger}")
-        tables.create_if_missing(session, _CREATE.format(ledger=ledger), f"creating the ledger {ledger}")
+        tables.check_may_create(session, schema, f"the table {table}")
+        tables.create_if_missing(session, create, f"creating {table}")
     elif not rows[0][1]:
         raise DestinationError(
-            f"The role {rows[0][0]} may not write the ledger {ledger}, which another role made. Run as its owner: "
-            f"GRANT INSERT, SELECT, UPDATE ON {ledger} TO {quoted(str(rows[0][0]))};"
+            f"The role {rows[0][0]} may not write {table}, which another role made. Run as its owner: "
+            f"GRANT INSERT, SELECT, UPDATE ON {table} TO {quoted(str(rows[0][0]))};"
         )
 
 
-def lock(session: Session, table: DestinationTable, interval: Interval) -> None:
+def lock(session: Session, table: DestinationTable, interval: Interval, *, whole_table: bool = False) -> None:
     """Wait for every run that writes to the table in an hour that the interval touches, and keep others waiting.
 
     Hours, in ascending order, so that intervals of different lengths meet without a deadlock. Until the transaction ends.
+    With `whole_table` also for every other run that asks for it.
     """
+    if whole_table:
+        session.execute(
+            "SELECT pg_advisory_xact_lock(hashtext($1))",
+            f"pg_exports: {table.qualified}",
+            doing=f"waiting for another run into {table.qualified}",
+        )
     first = int(interval.start.timestamp()) // 3600
     last = (int(interval.end.timestamp()) - 1) // 3600
     session.execute(
@@ -191,6 +213,8 @@ def record(
         counts.inserted,
         counts.updated,
         counts.unchanged,
+        counts.repaired,
+        counts.rejected,
         counts.bytes,
         run_id,
         started_at,

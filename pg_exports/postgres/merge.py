@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pg_exports.models import Merge
+from pg_exports.models import Kind, Merge
 from pg_exports.postgres import table as tables
+from pg_exports.postgres import types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
@@ -83,10 +84,21 @@ def _upsert(table: DestinationTable, staging: str, rule: Merge) -> str:
             ORDER BY {", ".join(f"s.{name}" for name in key)}
             ON CONFLICT ({conflict}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in others)}
             WHERE {_replaces(table, rule, "excluded")}
-            RETURNING (xmax = 0) AS is_new
+            RETURNING {_is_new(table)} AS is_new
         )
         SELECT count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new) FROM written
     """
+
+
+def _is_new(table: DestinationTable) -> str:
+    """Whether a row that was written was inserted. A partitioned table (it has no file) gives no system columns; there
+    the statement's snapshot tells, in which a row that another run committed meanwhile is new.
+    """
+    if table.filenode is not None:
+        return "(xmax = 0)"
+    key = [quoted(name) for name in table.model.key]
+    same = " AND ".join(f"before.{name} = d.{name}" for name in key)
+    return f"NOT EXISTS (SELECT FROM {table.qualified} AS before WHERE {same})"
 
 
 def _replaces(table: DestinationTable, rule: Merge, incoming: str) -> str:
@@ -104,6 +116,8 @@ def _version(table: DestinationTable, rule: Merge, side: str) -> str:
     for source, destination in table.pairs:
         if source.name in rule.version:
             column = f"{side}.{quoted(source.name)}"
+            if source.kind is Kind.INTEGER and destination.type in types.TEXT_TYPES:
+                column = f"{column}::numeric"
             least = "'-infinity'" if destination.type.startswith("timestamp") else "0"
             parts.append((rule.version.index(source.name), f"{column} IS NOT NULL, coalesce({column}, {least})"))
     return f"ROW({', '.join(part for _, part in sorted(parts))})"

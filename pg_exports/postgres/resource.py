@@ -2,12 +2,14 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 
 import dagster as dg
 from adbc_driver_postgresql import dbapi
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field
 
+from pg_exports.errors import SettingsError
 from pg_exports.postgres import errors, tls
 from pg_exports.postgres.session import Session
 
@@ -20,6 +22,19 @@ _LIVENESS = {
     "keepalives_interval": 15,
     "keepalives_count": 8,
     "tcp_user_timeout": 180_000,  # milliseconds
+}
+
+
+# Given, so that libpq takes none of them from the environment or the home folder.
+_FIXED = {
+    "hostaddr": "",
+    "passfile": "/nonexistent/pg_exports",
+    "options": "",
+    "client_encoding": "UTF8",
+    "channel_binding": "prefer",
+    "target_session_attrs": "any",
+    "load_balance_hosts": "disable",
+    "application_name": "pg_exports",
 }
 
 
@@ -47,15 +62,6 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
     verify_server_identity: tls.VerifyServerIdentity = "ca-and-hostname"
     root_certificate: str = Field(default=tls.SYSTEM, repr=False)
 
-    @field_validator("host")
-    @classmethod
-    def _is_reached_over_tcp(cls, host: str) -> str:
-        if not host.strip() or host.startswith(("/", "@")) or "," in host:
-            raise ValueError(
-                "`host` (POSTGRES_HOST) must be one host name or address; a Unix socket is never encrypted"
-            )
-        return host
-
     @contextlib.contextmanager
     def session(self, database: str | None = None, log: logging.Logger | None = None) -> Iterator[Session]:
         """A connection for as long as the block lasts.
@@ -65,11 +71,13 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
             log: where to say that a root certificate is ignored.
 
         Raises:
-            SettingsError: the root certificate is missing, empty, or no certificate.
+            SettingsError: `host` is none, `user` or `database` is empty, or the root certificate is missing, empty, or no
+                certificate.
             DestinationError: the server refused, or its identity could not be verified.
             PassingError: it does not answer.
         """
         database = database or self.database
+        self._check(database)
         if log and self.verify_server_identity == "no" and self.root_certificate != tls.SYSTEM:
             log.info("`root_certificate` is ignored: `verify_server_identity` is `no`.")
         with tls.libpq_settings(self.verify_server_identity, self.root_certificate) as encryption:
@@ -77,16 +85,31 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
         with connection:
             yield Session(connection)
 
+    def _check(self, database: str) -> None:
+        # Postgres answers a URL with an error that repeats it, password and all.
+        if not re.fullmatch(r"[^\s\0/@,=]+", self.host):
+            raise SettingsError(
+                "`host` (POSTGRES_HOST) must be one host name or address, and no URL; a Unix socket is never encrypted."
+            )
+        # libpq takes an empty user from the operating system, and an empty database from the user.
+        for setting, value in (("user", self.user), ("database", database)):
+            if not value.strip():
+                raise SettingsError(f"`{setting}` (POSTGRES_{setting.upper()}) is empty. Set it.")
+        for setting, value in (("user", self.user), ("database", database), ("password", self.password)):
+            if "\0" in value:
+                raise SettingsError(
+                    f"`{setting}` (POSTGRES_{setting.upper()}) holds a NUL, which Postgres cannot have."
+                )
+
     def _connect(self, database: str, encryption: dict[str, str]) -> dbapi.Connection:
         settings: dict[str, object] = {
             "host": self.host,
-            "hostaddr": "",
             "port": self.port,
             "user": self.user,
             "password": self.password,
             "dbname": database,
-            "application_name": "pg_exports",
             "connect_timeout": CONNECT_TIMEOUT,
+            **_FIXED,
             **_LIVENESS,
             **encryption,
         }

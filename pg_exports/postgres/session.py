@@ -1,7 +1,8 @@
 """One connection to Postgres in use: statements, transactions and COPY through ADBC, with errors that a person can read."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from datetime import datetime
 
 import pyarrow as pa
 from adbc_driver_postgresql import dbapi
@@ -28,7 +29,7 @@ class Session:
         """The rows of one statement.
 
         Args:
-            sql: one statement, with $1, $2, ... for parameters.
+            sql: one statement, with $1, $2, ... for parameters; `$1::text::timestamptz` for a time.
             parameters: their values.
             doing: what is being done, for the error.
 
@@ -37,7 +38,7 @@ class Session:
         """
         try:
             with self._connection.cursor() as cursor:
-                cursor.execute(sql, parameters or None)
+                cursor.execute(sql, _bound(parameters))
                 return [tuple(row) for row in cursor.fetchall()]
         except dbapi.Error as error:
             raise errors.during(error, doing) from None
@@ -46,7 +47,7 @@ class Session:
         """The rows of one statement as an Arrow table. Raises as `rows`."""
         try:
             with self._connection.cursor() as cursor:
-                cursor.execute(sql, parameters or None)
+                cursor.execute(sql, _bound(parameters))
                 return cursor.fetch_arrow_table()
         except dbapi.Error as error:
             raise errors.during(error, doing) from None
@@ -84,3 +85,13 @@ class Session:
         """
         with self._connection.cursor() as cursor:
             return int(cursor.adbc_ingest(table, batches, mode="append", db_schema_name=schema))
+
+
+def _bound(parameters: Sequence[object]) -> list[object] | None:
+    """Parameters as ADBC may have them: times as text.
+
+    Around a parameter with a time zone the driver says SET TIME ZONE, in a BEGIN and COMMIT of its own, which commits the
+    transaction that is open.
+    """
+    bound = [value.isoformat() if isinstance(value, datetime) else value for value in parameters]
+    return bound or None

@@ -203,22 +203,33 @@ def _check_privileges(session: Session, destination: Destination, model: Model, 
 def _columns(session: Session, oid: int) -> list[DestinationColumn]:
     rows = session.rows(
         """
+        WITH RECURSIVE
+            columns AS (
+                SELECT a.*, t.typtype, t.typname, t.typbasetype, t.typtypmod, a.atttypmod AS modifier
+                FROM pg_attribute AS a
+                JOIN pg_type AS t ON t.oid = a.atttypid
+                WHERE a.attrelid = $1::bigint::oid AND a.attnum > 0 AND NOT a.attisdropped
+            ),
+            -- A domain may stand on a domain: the last one's base is the type that counts.
+            based AS (
+                SELECT attnum, typtype, typname, typbasetype, typtypmod, modifier FROM columns
+                UNION ALL
+                SELECT b.attnum, t.typtype, t.typname, t.typbasetype, t.typtypmod, b.typtypmod
+                FROM based AS b
+                JOIN pg_type AS t ON t.oid = b.typbasetype
+                WHERE b.typtype = 'd'
+            )
         SELECT
-            a.attname::text,
-            coalesce(base.typname, t.typname)::text,
-            format_type(a.atttypid, a.atttypmod),
-            CASE
-                WHEN coalesce(base.typname, t.typname) IN ('varchar', 'bpchar')
-                THEN nullif(CASE WHEN base.oid IS NULL THEN a.atttypmod ELSE t.typtypmod END, -1) - 4
-            END,
-            a.attnotnull,
-            a.atthasdef OR a.attidentity <> '',
-            a.attgenerated <> '' OR a.attidentity = 'a'
-        FROM pg_attribute AS a
-        JOIN pg_type AS t ON t.oid = a.atttypid
-        LEFT JOIN pg_type AS base ON base.oid = t.typbasetype
-        WHERE a.attrelid = $1::bigint::oid AND a.attnum > 0 AND NOT a.attisdropped
-        ORDER BY a.attnum
+            c.attname::text,
+            b.typname::text,
+            format_type(c.atttypid, c.atttypmod),
+            CASE WHEN b.typname IN ('varchar', 'bpchar') THEN nullif(b.modifier, -1) - 4 END,
+            c.attnotnull,
+            c.atthasdef OR c.attidentity <> '',
+            c.attgenerated <> '' OR c.attidentity = 'a'
+        FROM columns AS c
+        JOIN based AS b ON b.attnum = c.attnum AND b.typtype <> 'd'
+        ORDER BY c.attnum
         """,
         oid,
         doing="reading the table's columns",

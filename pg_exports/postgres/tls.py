@@ -6,6 +6,7 @@ Every setting that libpq would otherwise take from the home folder or the enviro
 
 import contextlib
 import os
+import re
 import ssl
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,12 @@ _BUNDLES = ("/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.
 
 _FIELD = "`root_certificate` (POSTGRES_ROOT_CERTIFICATE)"
 
+# Of a file only these go to libpq: bundles have comments in any language, and a key has no business there.
+_CERTIFICATE = re.compile(r"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
+
+# What is no path may be a secret that was pasted into the wrong field, and is never shown.
+_PASTED = re.compile(r"\s*[A-Za-z0-9+/=\s]{64,}|.*\n.*", re.DOTALL)
+
 
 @contextlib.contextmanager
 def libpq_settings(verify: VerifyServerIdentity, root_certificate: str) -> Iterator[dict[str, str]]:
@@ -47,6 +54,10 @@ def libpq_settings(verify: VerifyServerIdentity, root_certificate: str) -> Itera
         "sslmode": SSL_MODES[verify],
         "sslcertmode": "disable",
         "sslcrl": _NO_FILE,
+        "sslcrldir": "",
+        "sslnegotiation": "postgres",
+        "ssl_min_protocol_version": "TLSv1.2",
+        "ssl_max_protocol_version": "",
         # GSS encryption would come before TLS and skip the certificate.
         "gssencmode": "disable",
     }
@@ -85,14 +96,17 @@ def as_pem(root_certificate: str) -> str:
     """
     if "-----BEGIN" in root_certificate:
         return _checked(root_certificate.replace("\\n", "\n"), f"{_FIELD}: the PEM text")
+    forms = "Give `system`, the path of a .crt, .pem, .cer or .ca-bundle file, or the PEM text itself."
+    if not root_certificate.strip():
+        raise SettingsError(f"{_FIELD} is empty. {forms}")
+    if _PASTED.fullmatch(root_certificate):
+        raise SettingsError(f"{_FIELD} is neither a path nor PEM text (-----BEGIN CERTIFICATE-----). {forms}")
     where = f"{_FIELD}: the file {root_certificate}"
     try:
         content = Path(root_certificate).expanduser().read_bytes()
-    except OSError as error:
-        raise SettingsError(
-            f"{where} cannot be read ({error.strerror}). Give `system`, the path of a .crt, .pem, .cer or .ca-bundle "
-            "file, or the PEM text itself."
-        ) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"{where} cannot be read ({reason}). {forms}") from None
     if not content.strip():
         raise SettingsError(f"{where} is empty. It must hold the certificate of the authority, as PEM or DER.")
     if b"-----BEGIN" in content:
@@ -100,13 +114,23 @@ def as_pem(root_certificate: str) -> str:
     return _checked(ssl.DER_cert_to_PEM_cert(content), where)
 
 
-def _checked(pem: str, where: str) -> str:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    with contextlib.suppress(ssl.SSLError, ValueError):
-        context.load_verify_locations(cadata=pem)
-    if not context.get_ca_certs() and not context.cert_store_stats()["x509"]:
+def _checked(text: str, where: str) -> str:
+    certificates = _CERTIFICATE.findall(text)
+    damaged = [number for number, certificate in enumerate(certificates, start=1) if not _is_readable(certificate)]
+    if len(damaged) == len(certificates):
         raise SettingsError(
             f"{where} holds no certificate. It must hold the certificate of the authority that signed the server's, "
             "as PEM (-----BEGIN CERTIFICATE-----) or DER; a private key is of no use here."
         )
-    return pem
+    if damaged:
+        raise SettingsError(f"{where} is damaged: its certificate number {damaged[0]} cannot be read. Fetch it anew.")
+    return "\n".join([*certificates, ""])
+
+
+def _is_readable(certificate: str) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cadata=certificate)
+    except (ssl.SSLError, ValueError, TypeError):  # TypeError: not ASCII
+        return False
+    return True

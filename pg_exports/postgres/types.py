@@ -4,7 +4,7 @@ Binary COPY trusts the sender: a 64-bit number into a DOUBLE column "succeeds" w
 column's kind and a destination's type is either listed here or an error before a row is sent.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -51,17 +51,17 @@ def _in_utc(values: pl.Series) -> pa.Array:
     return values.dt.replace_time_zone(None).to_arrow()
 
 
-_TEXT_TYPES = ("text", "varchar", "bpchar", "citext")
+TEXT_TYPES = ("text", "varchar", "bpchar", "citext")
 
 _CONVERSIONS: Mapping[Kind, Mapping[str, Callable[[pl.Series], pa.Array]]] = {
-    Kind.TEXT: {**dict.fromkeys(_TEXT_TYPES, _as_is), "uuid": _uuid},
-    Kind.JSON: {"jsonb": _json, "json": _as_is, **dict.fromkeys(_TEXT_TYPES, _as_is)},
+    Kind.TEXT: {**dict.fromkeys(TEXT_TYPES, _as_is), "uuid": _uuid},
+    Kind.JSON: {"jsonb": _json, "json": _as_is, **dict.fromkeys(TEXT_TYPES, _as_is)},
     Kind.INTEGER: {
         "int2": _cast(pl.Int16()),
         "int4": _cast(pl.Int32()),
         "int8": _as_is,
         "numeric": _numeric,
-        **dict.fromkeys(_TEXT_TYPES, _cast(pl.String())),
+        **dict.fromkeys(TEXT_TYPES, _cast(pl.String())),
     },
     Kind.FLOAT: {"float8": _as_is},
     Kind.BOOLEAN: {"bool": _as_is},
@@ -85,50 +85,33 @@ def check_pair(source: Column, destination: DestinationColumn, table: str) -> No
         )
 
 
-def arrow_table(
-    frame: pl.DataFrame, pairs: list[tuple[Column, DestinationColumn]], key: tuple[str, ...], table: str
-) -> pa.Table:
-    """A frame's columns in the destination's types and order, as Arrow.
+def arrow_table(frame: pl.DataFrame, pairs: Sequence[tuple[Column, DestinationColumn]]) -> pa.Table:
+    """A frame's columns in the destination's types, as Arrow; `bad_rows` has made sure that the values fit.
 
     Args:
         frame: rows with the model's columns.
         pairs: the columns that both sides have, each with the destination's.
-        key: names of the columns that identify a row, for errors.
-        table: the destination, for errors.
-
-    Raises:
-        DestinationError: a value is too great or too long for its column; with the column, the value's row and the
-            remedy.
     """
-    columns = {}
-    for source, destination in pairs:
-        values = frame[source.name]
-        if source.kind is Kind.INTEGER and destination.type in _INTEGER_BOUNDS:
-            bound = _INTEGER_BOUNDS[destination.type]
-            _refuse(values.is_between(-bound, bound - 1).not_(), frame, source, destination, key, table)
-        if destination.length is not None and source.kind is not Kind.TEXT_LIST:
-            _refuse(values.cast(pl.String).str.len_chars() > destination.length, frame, source, destination, key, table)
-        columns[source.name] = _CONVERSIONS[source.kind][destination.type](values)
-    return pa.table(columns)
-
-
-_INTEGER_BOUNDS = {"int2": 2**15, "int4": 2**31}
-
-
-def _refuse(
-    misfits: pl.Series,
-    frame: pl.DataFrame,
-    source: Column,
-    destination: DestinationColumn,
-    key: tuple[str, ...],
-    table: str,
-) -> None:
-    first = misfits.arg_max() if misfits.any() else None
-    if first is None:
-        return
-    row = ", ".join(f"{name} = {frame[name][first]!r}" for name in key if name in frame.columns)
-    wider = "BIGINT" if source.kind is Kind.INTEGER else "TEXT"
-    raise DestinationError(
-        f"Column {source.name} of {table} is {destination.declared} and cannot hold the value of the row with {row}. "
-        f'No row of the interval was written. Widen it: ALTER TABLE {table} ALTER COLUMN "{source.name}" TYPE {wider};'
+    return pa.table(
+        {source.name: _CONVERSIONS[source.kind][destination.type](frame[source.name]) for source, destination in pairs}
     )
+
+
+def misfit(values: pl.Series, source: Column, destination: DestinationColumn) -> tuple[pl.Series, str]:
+    """Which values the destination's column cannot hold, and what to do to the column so that it can (ALTER COLUMN ...)."""
+    misfits, remedy = pl.repeat(False, len(values), eager=True), ""
+    if source.kind is Kind.INTEGER and destination.type in INTEGER_BOUNDS:
+        bound = INTEGER_BOUNDS[destination.type]
+        misfits, remedy = values.is_between(-bound, bound - 1).not_(), "TYPE BIGINT"
+    if destination.length is not None and source.kind is not Kind.TEXT_LIST:
+        misfits, remedy = values.cast(pl.String).str.len_chars() > destination.length, "TYPE TEXT"
+    if destination.type == "uuid":
+        misfits, remedy = values.str.contains(_UUID).not_(), "TYPE TEXT"
+    if destination.not_null and values.has_nulls():
+        misfits, remedy = misfits | values.is_null(), "DROP NOT NULL"
+    return misfits, remedy
+
+
+_UUID = r"^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$"
+
+INTEGER_BOUNDS = {"int2": 2**15, "int4": 2**31}

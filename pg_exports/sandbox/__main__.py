@@ -42,8 +42,13 @@ def main() -> int:
     if arguments.command == "show":
         return _show(sandbox)
     servers.stop(sandbox)
-    ENVIRONMENT.unlink(missing_ok=True)
+    if _is_environment_ours():
+        ENVIRONMENT.unlink()
     return 0
+
+
+def _is_environment_ours() -> bool:
+    return ENVIRONMENT.exists() and ENVIRONMENT.read_text().startswith(MARK)
 
 
 def _check() -> int:
@@ -56,7 +61,7 @@ def _check() -> int:
 
 
 def _up(sandbox: Sandbox | None, hours: int, events: int) -> int:
-    if ENVIRONMENT.exists() and not ENVIRONMENT.read_text().startswith(MARK):
+    if ENVIRONMENT.exists() and not _is_environment_ours():
         sys.stderr.write(".env holds settings of your own. Move it away: the sandbox writes one for itself.\n")
         return 1
     if sandbox and sandbox.is_running:
@@ -68,10 +73,8 @@ def _up(sandbox: Sandbox | None, hours: int, events: int) -> int:
     source_tables.create_tables(sandbox.execute, SOURCE_DATABASE)
     sample_data.fill(sandbox.execute, SOURCE_DATABASE, end=end, hours=hours, events=events)
     (sandbox.folder / RANGE).write_text(f"{_key(end - hours * HOUR)}...{_key(end - HOUR)}")
-    lines = [f"{name}={value}\n" for name, value in sandbox.environment().items()]
-    servers.write_private(
-        ENVIRONMENT, "# The sandbox, written by `make`. Put your own servers here.\n" + "".join(lines)
-    )
+    lines = [MARK, *(f"{name}='{value}'" for name, value in sandbox.environment().items())]
+    servers.write_private(ENVIRONMENT, "\n".join(lines) + "\n")
     return 0
 
 

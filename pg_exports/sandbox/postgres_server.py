@@ -82,29 +82,31 @@ def start(certificates: Certificates | None, *, settings: dict[str, str] | None 
         PostgresSandboxError: PostgreSQL is not installed, or the server did not come up.
     """
     binaries = find_binaries()
-    folder = Path(tempfile.mkdtemp(prefix="pg_exports_postgres_"))
     owner = _owner()
+    # A TMPDIR of root's own may be closed to the server's user.
+    folder = Path(tempfile.mkdtemp(prefix="pg_exports_postgres_", dir="/tmp" if owner else None))  # noqa: S108
+    try:
+        if owner:
+            os.chown(folder, owner.pw_uid, owner.pw_gid)
+        return _start(binaries, folder, certificates, settings or {}, owner)
+    except BaseException:
+        stop(PostgresServer(HOST, 0, folder, folder / "server.log"))
+        raise
+
+
+def _start(
+    binaries: Path,
+    folder: Path,
+    certificates: Certificates | None,
+    settings: dict[str, str],
+    owner: pwd.struct_passwd | None,
+) -> PostgresServer:
     data, log = folder / "data", folder / "server.log"
-    if owner:
-        os.chown(folder, owner.pw_uid, owner.pw_gid)
-    _run(
-        [
-            binaries / "initdb",
-            "-D",
-            data,
-            "-U",
-            SUPERUSER,
-            "--auth=trust",
-            "-E",
-            "UTF8",
-            "--locale=C.UTF-8",
-            "--no-sync",
-        ],
-        owner,
-    )
+    initdb: list[str | Path] = [binaries / "initdb", "-D", data, "-U", SUPERUSER, "--auth=trust", "--no-sync"]
+    _run([*initdb, "-E", "UTF8", "--locale=C"], owner)
     for _ in range(5):
         port = _free_port()
-        _configure(data, folder, port, certificates, settings or {}, owner)
+        _configure(data, folder, port, certificates, settings, owner)
         process = _run(
             [binaries / "pg_ctl", "start", "-D", data, "-l", log, "-w", "-t", str(int(START_TIMEOUT)), "-s"],
             owner,

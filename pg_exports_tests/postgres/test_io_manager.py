@@ -9,6 +9,7 @@ import dagster as dg
 import polars as pl
 
 from pg_exports import PostgresExport
+from pg_exports.sandbox import Sandbox
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 
 HOUR = timedelta(hours=1)
@@ -36,6 +37,33 @@ def event(inserted_at: datetime, **changes: object) -> dict[str, object]:
         "inserted_at": inserted_at,
     }
     return row | changes
+
+
+def person(moment: datetime) -> dict[str, object]:
+    return {
+        "id": uuid.UUID(int=1),
+        "created_at": moment,
+        "team_id": TEAM,
+        "properties": "{}",
+        "is_identified": 1,
+        "is_deleted": 0,
+        "version": 1,
+        "_timestamp": moment,
+        "_offset": 0,
+    }
+
+
+def mapping(moment: datetime) -> dict[str, object]:
+    return {
+        "team_id": TEAM,
+        "distinct_id": "a",
+        "person_id": uuid.UUID(int=1),
+        "is_deleted": 0,
+        "version": 1,
+        "_timestamp": moment,
+        "_offset": 0,
+        "_partition": 0,
+    }
 
 
 def test_a_rerun_adds_only_the_late_events(source: Source, target: Target, run: RunExport, hour: datetime) -> None:
@@ -140,12 +168,116 @@ def test_a_failing_interval_leaves_nothing_and_those_before_it_stay(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:
     source.insert("events", event(hour), event(hour + HOUR), event(hour + HOUR, event="x" * 201))
-    failed = run(events_export(target, hour), partition_key(hour), partition_key(hour + HOUR))
+    export = events_export(target, hour, on_bad_rows="fail")
+    failed = run(export, partition_key(hour), partition_key(hour + HOUR))
     assert failed.error is not None
     assert "Column event" in failed.error
     assert target.count("events") == 1
     assert target.count("pg_exports_ledger") == 1
     assert target.rows("SELECT relname FROM pg_class WHERE relname LIKE 'pg_exports_staging%'") == []
+
+
+def test_an_interval_that_cannot_commit_leaves_neither_rows_nor_ledger(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour))
+    export = events_export(target, hour)
+    run(export, partition_key(hour - HOUR))
+    target.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'not today'; END$$",
+        "CREATE CONSTRAINT TRIGGER late AFTER INSERT ON events DEFERRABLE INITIALLY DEFERRED "
+        "FOR EACH ROW EXECUTE FUNCTION refuse()",
+    )
+    failed = run(export, partition_key(hour))
+    assert failed.error is not None
+    assert "not today" in failed.error
+    assert (target.count("events"), target.count("pg_exports_ledger")) == (0, 1)
+    target.execute("DROP TRIGGER late ON events")
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+
+
+def test_each_interval_is_one_transaction_from_its_locks_to_its_ledger(
+    sandbox: Sandbox, source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour))
+    source.insert("person", person(hour))
+    source.insert("person_distinct_id2", mapping(hour))
+    before = sandbox.postgres.log.stat().st_size
+    for export in (events_export(target, hour), events_export(target, hour, model="persons")):
+        assert run(export, partition_key(hour)).counts == (1, 0, 0)
+        assert run(export, partition_key(hour)).counts == (0, 0, 1)
+    with sandbox.postgres.log.open() as log:
+        log.seek(before)
+        text = log.read()
+    assert "transaction in progress" not in text
+    locked = "pg_advisory_xact_lock(hashtext($1), hour::int)"
+    writing = [part.split(": COMMIT")[0] for part in text.split(": BEGIN ISOLATION") if locked in part]
+    assert len(writing) == 4
+    for part in writing:
+        ledger = part.index(f'INSERT INTO "{target.schema}"."pg_exports_ledger"')
+        assert part.index(locked) < part.index('COPY "') < ledger
+
+
+def test_rows_that_postgres_cannot_hold_are_repaired_or_set_aside_and_the_others_land(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert(
+        "events",
+        event(hour, event="good"),
+        event(hour, event="nul", properties=r'{"a": "\u0000 \\u0000"}'),
+        event(hour, event="no json", properties='{"a": NaN}'),
+        event(hour, event="number", properties='{"a": 1e200000}'),
+        event(hour, event="x" * 201),
+        event(hour, event="last"),
+    )
+    done = run(events_export(target, hour), partition_key(hour))
+    assert done.counts == (3, 0, 0)
+    [metadata] = done.metadata.values()
+    assert (metadata["rows_at_source"], metadata["rows_repaired"], metadata["rows_rejected"]) == (6, 1, 3)
+    landed = target.rows("SELECT event, properties->>'a' FROM events ORDER BY 1")
+    assert landed == [("good", None), ("last", None), ("nul", "\ufffd \\u0000")]
+    aside = target.rows("SELECT key->>'event', column_name, reason, run_id <> '' FROM pg_exports_rejected ORDER BY 1")
+    assert [row[0] for row in aside] == ["no json", "number", "x" * 201]
+    assert aside[2][1] == "event"
+    assert all(row[2] and row[3] for row in aside)
+    assert target.rows("SELECT rows_repaired, rows_rejected FROM pg_exports_ledger") == [(1, 3)]
+
+
+def test_a_rejected_row_lands_once_its_cause_is_mended(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour, event="x" * 201), event(hour, properties='{"a": NaN}'))
+    export = events_export(target, hour)
+    assert run(export, partition_key(hour)).counts == (0, 0, 0)
+    target.execute("ALTER TABLE events ALTER COLUMN event TYPE text")
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+    assert target.rows("SELECT column_name, resolved_at IS NOT NULL FROM pg_exports_rejected ORDER BY 2") == [
+        (None, False),
+        ("event", True),
+    ]
+
+
+def test_with_fail_a_bad_row_is_named_and_nothing_is_written(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    bad = event(hour, properties=r'{"a": "\u0000"}')
+    source.insert("events", event(hour), bad)
+    failed = run(events_export(target, hour, on_bad_rows="fail"), partition_key(hour))
+    assert failed.error is not None
+    assert str(bad["uuid"]) in failed.error
+    assert (target.count("events"), target.count("pg_exports_rejected")) == (0, 0)
+
+
+def test_an_event_that_two_intervals_received_lands_in_each_or_once_in_the_table(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    again = event(hour)
+    source.insert("events", again)
+    source.insert("events", again | {"inserted_at": hour + HOUR, "_timestamp": hour + HOUR})
+    each = events_export(target, hour)
+    assert run(each, partition_key(hour), partition_key(hour + HOUR)).counts == (2, 0, 0)
+    once = events_export(target, hour, name="once", table="once", deduplicate="table")
+    assert run(once, partition_key(hour), partition_key(hour + HOUR)).counts == (1, 0, 1)
 
 
 def test_downstream_reads_the_intervals_rows_where_the_table_has_inserted_at(

@@ -1,0 +1,131 @@
+"""Rows that Postgres cannot hold as they are: found before they are sent where that is cheap, repaired or set aside.
+
+What has a faithful nearest value is repaired: a NUL or a lone surrogate becomes U+FFFD, and nothing else in the row
+changes. What has none is rejected: a number or text that its column cannot hold, a bad value in a merge's key (two
+might be repaired into one), and what only Postgres itself recognises as bad, such as its COPY refuses.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+
+import polars as pl
+
+from pg_exports.interval import OnBadRows
+from pg_exports.models import Column, Kind, Model
+from pg_exports.postgres import types
+from pg_exports.postgres.identifiers import quoted
+from pg_exports.postgres.table import DestinationTable
+from pg_exports.postgres.types import DestinationColumn
+
+REPLACEMENT = "\ufffd"
+
+# What a document with a NUL or a lone surrogate must hold; \\ud also begins Hangul and whole pairs, which are looked at
+# more closely below. A search for these costs 45 ms a million rows of 0.7 KB.
+_SUSPICIOUS = ["\0", "\\u0000", "\\ud", "\\uD"]
+
+# Every escape is consumed whole, from left to right: in \\\\u0000 the second backslash is escaped, and the rest is text.
+_ESCAPE = re.compile(
+    r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u(?P<code>[0-9a-fA-F]{4})|\\.", re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that was not written.
+
+    Attributes:
+        key: the columns that identify it, as JSON.
+        column: which column is at fault, where that is known.
+        reason: what is wrong with it, for a person.
+        row: the row as it was, as JSON.
+    """
+
+    key: str
+    column: str | None
+    reason: str
+    row: str
+
+
+@dataclass(frozen=True)
+class SortedRows:
+    """Rows that can be sent, some of them repaired, and those that cannot."""
+
+    good: pl.DataFrame
+    repaired: int
+    bad: list[BadRow]
+
+
+def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRows) -> SortedRows:
+    """Repair what can be, and part the rows that can be sent from those that cannot.
+
+    Args:
+        frame: rows with the model's columns.
+        table: the destination, whose columns must hold the values.
+        on_bad_rows: with `repair` a repaired row is good, with `reject` and `fail` it is bad.
+    """
+    reasons: dict[int, tuple[str, str]] = {}
+    repaired: set[int] = set()
+    for source, destination in table.pairs:
+        values = frame[source.name]
+        mended = _mended(values, source, destination)
+        if on_bad_rows == "repair" and not (table.model.merge and source.name in table.model.key):
+            values = values.scatter(list(mended), list(mended.values())) if mended else values
+            frame = frame.with_columns(values) if mended else frame
+            repaired.update(mended)
+        else:
+            reason = (
+                f"Column {source.name} holds a NUL or half a surrogate pair, which {destination.declared} cannot hold."
+            )
+            reasons |= {row: (source.name, reason) for row in mended if row not in reasons}
+        misfits, remedy = types.misfit(values, source, destination)
+        if misfits.any():
+            reason = _reason(source, destination, table, remedy)
+            reasons |= {row: (source.name, reason) for row in misfits.arg_true() if row not in reasons}
+    if not reasons:
+        return SortedRows(frame, len(repaired), [])
+    bad = [bad_row(frame, row, table.model, column, reason) for row, (column, reason) in sorted(reasons.items())]
+    good = frame.filter(~pl.int_range(frame.height, eager=True).is_in(list(reasons)))
+    return SortedRows(good, len(repaired - set(reasons)), bad)
+
+
+def _reason(source: Column, destination: DestinationColumn, table: DestinationTable, remedy: str) -> str:
+    not_null = " NOT NULL" if destination.not_null else ""
+    return (
+        f"Column {source.name} of {table.qualified} is {destination.declared}{not_null} and cannot hold the value. Run as "
+        f"the table's owner: ALTER TABLE {table.qualified} ALTER COLUMN {quoted(source.name)} {remedy};"
+    )
+
+
+def bad_row(frame: pl.DataFrame, row: int, model: Model, column: str | None, reason: str) -> BadRow:
+    """One row of a frame as a bad one."""
+    values = frame.row(row, named=True)
+    key = {name: values[name] for name in model.key}
+    return BadRow(json.dumps(key, default=str), column, reason, json.dumps(values, default=str))
+
+
+def repaired_json(text: str) -> str:
+    """A JSON text in which every NUL and lone surrogate, raw or escaped, is U+FFFD; else the same to the letter."""
+    return _ESCAPE.sub(_repaired_escape, text.replace("\0", REPLACEMENT))
+
+
+def _repaired_escape(escape: re.Match[str]) -> str:
+    code = escape["code"]
+    if code is None or not (code == "0000" or 0xD800 <= int(code, 16) <= 0xDFFF):
+        return escape.group()
+    return "\\ufffd"
+
+
+def _mended(values: pl.Series, source: Column, destination: DestinationColumn) -> dict[int, str]:
+    """The new value of each row whose text holds what Postgres cannot."""
+    if source.kind not in (Kind.TEXT, Kind.JSON):
+        return {}
+    # Only JSONB reads escapes; TEXT and JSON keep them as they are written.
+    as_jsonb = source.kind is Kind.JSON and destination.type == "jsonb"
+    suspects = values.str.contains_any(_SUSPICIOUS if as_jsonb else ["\0"]).arg_true()
+    mended: dict[int, str] = {}
+    for row, value in zip(suspects, values.gather(suspects), strict=True):
+        new = repaired_json(value) if as_jsonb else value.replace("\0", REPLACEMENT)
+        if new != value:
+            mended[row] = new
+    return mended

@@ -1,0 +1,91 @@
+"""Rejected rows: a table beside the destination keeps them with the reason, so that no row is dropped silently.
+
+It is written in the interval's transaction. A row that a later run of the interval could write gets a `resolved_at`.
+"""
+
+from collections.abc import Sequence
+
+from pg_exports.interval import Interval
+from pg_exports.postgres import ledger
+from pg_exports.postgres.bad_rows import BadRow
+from pg_exports.postgres.identifiers import quoted
+from pg_exports.postgres.session import Session
+from pg_exports.postgres.table import DestinationTable
+
+TABLE = "pg_exports_rejected"
+
+_CREATE = """
+CREATE TABLE IF NOT EXISTS {rejected} (
+    destination text NOT NULL,
+    export text NOT NULL,
+    interval_start timestamptz NOT NULL,
+    interval_end timestamptz NOT NULL,
+    row_hash text NOT NULL,
+    key jsonb NOT NULL,
+    column_name text,
+    reason text NOT NULL,
+    row_as_it_was text NOT NULL,
+    run_id text NOT NULL,
+    rejected_at timestamptz NOT NULL,
+    resolved_at timestamptz,
+    PRIMARY KEY (destination, export, interval_start, interval_end, row_hash)
+)
+"""
+
+_RESOLVE = """
+UPDATE {rejected} SET resolved_at = clock_timestamp()
+WHERE destination = $1 AND export = $2 AND interval_start = $3::text::timestamptz
+    AND interval_end = $4::text::timestamptz AND resolved_at IS NULL
+"""
+
+_KEEP = """
+INSERT INTO {rejected} (
+    destination, export, interval_start, interval_end, row_hash, key, column_name, reason, row_as_it_was, run_id, rejected_at
+)
+VALUES (
+    $1, $2, $3::text::timestamptz, $4::text::timestamptz, md5($5), $6::text::jsonb, $7, $8, $5, $9, clock_timestamp()
+)
+ON CONFLICT (destination, export, interval_start, interval_end, row_hash) DO UPDATE SET
+    column_name = excluded.column_name,
+    reason = excluded.reason,
+    run_id = excluded.run_id,
+    rejected_at = excluded.rejected_at,
+    resolved_at = NULL
+"""
+
+
+def ensure(session: Session, schema: str) -> None:
+    """Create the table where it is missing. Raises as `ledger.ensure_own`."""
+    ledger.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
+
+
+def resolve(session: Session, table: DestinationTable, export: str, interval: Interval) -> None:
+    """Take the interval's rejected rows for resolved, before it is written again; `keep` reopens those that are not."""
+    session.execute(
+        _RESOLVE.format(rejected=quoted(table.destination.schema, TABLE)),
+        table.destination.table,
+        export,
+        interval.start,
+        interval.end,
+        doing="resolving rejected rows",
+    )
+
+
+def keep(
+    session: Session, table: DestinationTable, export: str, interval: Interval, run_id: str, rows: Sequence[BadRow]
+) -> None:
+    """Set rows aside. The same row of the same interval is kept once."""
+    for bad in rows:
+        session.execute(
+            _KEEP.format(rejected=quoted(table.destination.schema, TABLE)),
+            table.destination.table,
+            export,
+            interval.start,
+            interval.end,
+            bad.row,
+            bad.key,
+            bad.column,
+            bad.reason,
+            run_id,
+            doing="setting rejected rows aside",
+        )

@@ -1,0 +1,110 @@
+"""An Arrow stream is complete, or it is an error: every place at which it may end, on streams of real bytes."""
+
+import io
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+
+from pg_exports.clickhouse.arrow import END_OF_STREAM, TAIL_BYTES, InvalidTextError, TruncatedStreamError, batches
+
+EXCEPTION = (
+    "\r\n__exception__\r\nabcdefghijklmnop\r\n"
+    "Code: 241. DB::Exception: Memory limit exceeded: while executing. (MEMORY_LIMIT_EXCEEDED) (version 26.9)\n"
+    "110 abcdefghijklmnop\r\n__exception__\r\n"
+)
+
+
+def stream(*words: str) -> bytes:
+    """One record batch a word."""
+    schema = pa.schema({"word": pa.string()})
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, schema) as writer:
+        for word in words:
+            writer.write_batch(pa.record_batch([[word]], schema=schema))
+    return sink.getvalue()
+
+
+def message_boundaries(data: bytes) -> Iterator[int]:
+    """The positions between two messages, from before the schema to before the end-of-stream marker."""
+    position = 0
+    yield position
+    for message in pa.ipc.MessageReader.open_stream(data):
+        position += len(message.serialize())
+        yield position
+
+
+def words(data: bytes) -> list[str]:
+    return [word for batch in batches(io.BytesIO(data)) for word in batch["word"].to_pylist()]
+
+
+def test_a_complete_stream_gives_every_batch() -> None:
+    assert words(stream("one", "two", "three")) == ["one", "two", "three"]
+
+
+def test_a_complete_stream_without_rows_is_no_error() -> None:
+    assert words(stream()) == []
+
+
+def test_a_stream_that_ends_between_two_messages_is_an_error() -> None:
+    data = stream("one", "two", "three")
+    boundaries = list(message_boundaries(data))
+    assert len(boundaries) == 5
+    for boundary in boundaries:
+        with pytest.raises(TruncatedStreamError, match="before its end-of-stream marker"):
+            words(data[:boundary])
+
+
+def test_a_stream_that_ends_after_any_other_byte_is_an_error() -> None:
+    data = stream("one", "two")
+    for length in range(len(data)):
+        with pytest.raises(TruncatedStreamError):
+            words(data[:length])
+
+
+@pytest.mark.parametrize("more", [b"\x00", b"\n", END_OF_STREAM, stream("four"), EXCEPTION.encode()])
+def test_anything_after_the_marker_is_an_error(more: bytes) -> None:
+    with pytest.raises(TruncatedStreamError):
+        words(stream("one") + more)
+
+
+@pytest.mark.parametrize("before", [b"", b"\r\n"])
+def test_an_exception_that_takes_the_place_of_a_message_is_named(before: bytes) -> None:
+    data = stream("one", "two")
+    boundary = list(message_boundaries(data))[2]
+    with pytest.raises(TruncatedStreamError, match="Memory limit exceeded") as caught:
+        words(data[:boundary] + before + EXCEPTION.encode())
+    assert caught.value.code == 241
+    assert caught.value.text is not None
+    assert "__exception__" not in caught.value.text
+
+
+def test_an_exception_that_takes_the_place_of_a_whole_answer_is_named() -> None:
+    with pytest.raises(TruncatedStreamError, match="Memory limit exceeded"):
+        words(EXCEPTION.encode())
+
+
+def test_an_exception_behind_more_than_the_bytes_that_are_kept_is_named() -> None:
+    data = stream("one", "x" * 3 * TAIL_BYTES)
+    with pytest.raises(TruncatedStreamError, match="Memory limit exceeded"):
+        words(data.removesuffix(END_OF_STREAM) + EXCEPTION.encode())
+
+
+def test_words_about_an_exception_in_the_data_are_data() -> None:
+    assert words(stream(EXCEPTION)) == [EXCEPTION]
+    with pytest.raises(TruncatedStreamError, match="before its end-of-stream marker"):
+        words(stream(EXCEPTION).removesuffix(END_OF_STREAM))
+
+
+def test_rows_before_the_break_are_given_before_the_error() -> None:
+    data = stream("one", "two")
+    given = batches(io.BytesIO(data.removesuffix(END_OF_STREAM)))
+    assert [next(given)["word"].to_pylist(), next(given)["word"].to_pylist()] == [["one"], ["two"]]
+    with pytest.raises(TruncatedStreamError):
+        next(given)
+
+
+def test_a_text_that_is_no_utf8_is_an_error_that_names_its_column() -> None:
+    data = stream("one", "\x01\x02\x03\x04").replace(b"\x01\x02\x03\x04", b"\xff\xfe\xfd\xfc")
+    with pytest.raises(InvalidTextError, match="word holds a text that is no UTF-8"):
+        words(data)

@@ -1,0 +1,75 @@
+"""What is repaired, what is rejected, and what is left alone to the letter."""
+
+import json
+
+import polars as pl
+import pytest
+
+from pg_exports.interval import OnBadRows
+from pg_exports.models import MODELS, Column, Kind
+from pg_exports.postgres.bad_rows import SortedRows, repaired_json, sort_out
+from pg_exports.postgres.table import Destination, DestinationTable
+from pg_exports.postgres.types import DestinationColumn
+
+
+@pytest.mark.parametrize(
+    ("written", "repaired"),
+    [
+        (r'{"a":"\u0000"}', r'{"a":"\ufffd"}'),
+        (r'{"a":"\\u0000"}', r'{"a":"\\u0000"}'),
+        (r'{"a":"\\\u0000"}', r'{"a":"\\\ufffd"}'),
+        (r'{"a":"\ud83d\ude00"}', r'{"a":"\ud83d\ude00"}'),
+        (r'{"a":"\ud83d"}', r'{"a":"\ufffd"}'),
+        (r'{"a":"\ude00\ud83d"}', r'{"a":"\ufffd\ufffd"}'),
+        (r'{"a":"\uD83D\uD83D\uDE00"}', r'{"a":"\ufffd\uD83D\uDE00"}'),
+        (r'{"a":"\ud83d\\ude00"}', r'{"a":"\ufffd\\ude00"}'),
+        (r'{"a":"\ud55c\uae00"}', r'{"a":"\ud55c\uae00"}'),
+        ('{"a":"\0"}', '{"a":"\ufffd"}'),
+        (r'{"n":1.50,"a":"\n\"\/\u00e9"}', r'{"n":1.50,"a":"\n\"\/\u00e9"}'),
+    ],
+)
+def test_only_nuls_and_lone_surrogates_are_repaired(written: str, repaired: str) -> None:
+    assert repaired_json(written) == repaired
+
+
+def sorted_rows(on_bad_rows: OnBadRows, **columns: list[object]) -> SortedRows:
+    kinds = {column.name: column for column in MODELS["events"].columns}
+    pairs = [(kinds[name], destination(kinds[name])) for name in columns]
+    rows = len(next(iter(columns.values())))
+    key = {name: ["k"] * rows for name in ("uuid", "event", "distinct_id") if name not in columns}
+    table = DestinationTable(Destination(None, "s", "events"), MODELS["events"], pairs, 1, 1)
+    return sort_out(pl.DataFrame({**key, "team_id": [1] * rows, **columns}), table, on_bad_rows)
+
+
+def destination(column: Column) -> DestinationColumn:
+    types = {Kind.JSON: ("jsonb", None), Kind.INTEGER: ("int4", None), Kind.TEXT: ("varchar", 200)}
+    name, length = types[column.kind]
+    return DestinationColumn(column.name, name, column.postgres_type, length, False, False, False)
+
+
+def test_clean_rows_stay_the_frame_that_they_were() -> None:
+    done = sorted_rows("repair", properties=[r'{"a":"\ud83d\ude00 \\u0000"}', None], event=["e", "f"])
+    assert (done.repaired, done.bad) == (0, [])
+    assert done.good["properties"].to_list() == [r'{"a":"\ud83d\ude00 \\u0000"}', None]
+
+
+def test_a_repaired_row_counts_once_however_many_of_its_values_are_repaired() -> None:
+    done = sorted_rows("repair", properties=[r'"\u0000"', "{}"], event=["a\0b", "c"])
+    assert (done.repaired, done.bad) == (1, [])
+    assert done.good["event"].to_list() == ["a\ufffdb", "c"]
+
+
+def test_what_could_be_repaired_is_bad_where_the_export_says_reject() -> None:
+    done = sorted_rows("reject", properties=[r'"\u0000"', "{}"], event=["a", "b"])
+    assert done.good.height == 1
+    [bad] = done.bad
+    assert bad.column == "properties"
+    assert json.loads(bad.row)["properties"] == r'"\u0000"'
+    assert json.loads(bad.key)["event"] == "a"
+
+
+def test_a_text_that_is_too_long_and_a_number_that_is_too_great_have_no_faithful_repair() -> None:
+    done = sorted_rows("repair", event=["x" * 201, "é" * 200, "y"], team_id=[1, 2, 2**31])
+    assert done.good["event"].to_list() == ["é" * 200]
+    assert [bad.column for bad in done.bad] == ["event", "team_id"]
+    assert "VARCHAR(200)" in done.bad[0].reason

@@ -1,0 +1,197 @@
+"""Frames into tables: what lands, in which pieces, and which row an error names."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+
+import polars as pl
+import pytest
+
+from pg_exports.errors import DestinationError
+from pg_exports.models import Model
+from pg_exports.models.events import EVENTS
+from pg_exports.models.model import FRAME_TYPES
+from pg_exports.models.persons import PERSONS
+from pg_exports.models.sessions import SESSIONS
+from pg_exports.postgres import ingest, merge
+from pg_exports.postgres import table as tables
+from pg_exports.postgres.bad_rows import BadRow
+from pg_exports.postgres.ingest import Copied
+from pg_exports.postgres.merge import Merged
+from pg_exports.postgres.session import Session
+from pg_exports.postgres.table import Destination, DestinationTable
+from pg_exports.sandbox.servers import ROLE
+from pg_exports_tests.conftest import Target
+
+MOMENT = datetime(2026, 1, 31, 12, 30, 15, 123456, tzinfo=UTC)
+UUID = "0192b0ad-5f0a-7c1e-9a73-00000000000{}"
+
+Row = Mapping[str, object]
+
+
+def event(n: int = 1, **changes: object) -> Row:
+    return {
+        "uuid": UUID.format(n),
+        "event": "$pageview",
+        "properties": '{"a": 1}',
+        "distinct_id": "d",
+        "team_id": 1,
+        "timestamp": MOMENT,
+    } | changes
+
+
+def person(distinct_id: str = "a", **changes: object) -> Row:
+    return {
+        "team_id": 1,
+        "distinct_id": distinct_id,
+        "person_id": UUID.format(1),
+        "properties": '{"a": 1}',
+        "person_distinct_id_version": 1,
+        "person_version": 1,
+        "created_at": MOMENT,
+    } | changes
+
+
+def frame(model: Model, *rows: Row) -> pl.DataFrame:
+    """Rows as the source would give them; columns that a row lacks are NULL."""
+    return pl.DataFrame(
+        [[row.get(column.name) for column in model.columns] for row in rows],
+        schema={column.name: FRAME_TYPES[column.kind] for column in model.columns},
+        orient="row",
+    )
+
+
+def load(target: Target, model: Model, *rows: Row, table: str | None = None, staged: bool = False) -> Merged:
+    """Rows on the way that an interval takes into the destination: straight in, or staged and merged."""
+    with target.resource().session() as session:
+        return load_by(session, Destination(None, target.schema, table or model.name), model, *rows, staged=staged)
+
+
+def load_by(session: Session, destination: Destination, model: Model, *rows: Row, staged: bool = False) -> Merged:
+    """The same over a connection that is open."""
+    table = tables.ensure(session, destination, model)
+    with session.transaction():
+        if not (model.merge or staged):
+            return Merged(copy(session, table, destination.table, *rows).rows, 0)
+        with merge.staging_table(session, table) as staging:
+            copy(session, table, staging, *rows)
+            return merge.merge(session, table, staging)
+
+
+def copy(session: Session, table: DestinationTable, into: str, *rows: Row) -> Copied:
+    """Rows into a table, where one that does not fit is an error."""
+    rejected: list[BadRow] = []
+    copied = ingest.copy_frames(session, table, into, [frame(table.model, *rows)], "fail", rejected.extend)
+    assert not rejected
+    return copied
+
+
+def create(target: Target, table: str, *columns: str, after: str = "") -> None:
+    """A table that another made, as its owner; the role gets what an export needs."""
+    target.execute(*creation(table, *columns, after=after))
+
+
+def creation(table: str, *columns: str, after: str = "") -> tuple[str, str]:
+    """The statements that do so."""
+    return (
+        f"CREATE TABLE {table} ({', '.join(columns)}) {after}",
+        f"GRANT INSERT, SELECT, UPDATE ON {table} TO {ROLE}",
+    )
+
+
+def test_a_models_rows_land_as_they_are(target: Target) -> None:
+    load(target, EVENTS, event())
+    load(target, PERSONS, person())
+    load(target, SESSIONS, {"team_id": 1, "session_id": "s", "urls": ["a", None], "end_timestamp": MOMENT})
+    assert target.rows('SELECT uuid, event, properties::text, ip, "timestamp" FROM events') == [
+        (UUID.format(1), "$pageview", '{"a": 1}', None, MOMENT)
+    ]
+    assert target.rows("SELECT distinct_id, person_version, created_at FROM persons") == [("a", 1, MOMENT)]
+    assert target.rows("SELECT session_id, urls, end_timestamp, is_bounce FROM sessions") == [
+        ("s", ["a", None], MOMENT, None)
+    ]
+
+
+def test_pieces_hold_the_same_rows_in_the_same_order_and_are_bounded() -> None:
+    wide = frame(EVENTS, *(event(properties="x" * 300_000, distinct_id=str(n)) for n in range(400)))
+    narrow = [frame(EVENTS, event(distinct_id=str(n))) for n in range(400, 500)]
+    empty = frame(EVENTS)
+    cut = list(ingest.pieces([empty, wide, *narrow, empty]))
+    assert pl.concat(cut).equals(pl.concat([wide, *narrow]))
+    assert 4 <= len(cut) <= 6
+    assert max(piece.estimated_size() for piece in cut) < 1.5 * ingest.COPY_BYTES
+    assert list(ingest.pieces([empty])) == []
+
+
+def test_a_value_of_many_megabytes_lands_whole(target: Target) -> None:
+    document = json.dumps({"a": "é🦔" * 1_500_000})
+    load(target, EVENTS, event(1, properties=document), event(2))
+    assert target.rows("SELECT max(length(properties->>'a')) FROM events") == [(3_000_000,)]
+
+
+# What the table has beside uuid, the value that does not fit, what the error says.
+MISFITS: list[tuple[str, Row, str]] = [
+    ("event varchar(3)", {"event": "four"}, "Column event of"),
+    ("team_id smallint", {"team_id": 32_768}, "Column team_id of"),
+    ("team_id integer", {"team_id": -(2**31) - 1}, "Column team_id of"),
+    ("team_id numeric(3)", {"team_id": 1_000}, "numeric field overflow"),
+    ("properties jsonb", {"properties": '{"a":'}, "invalid input syntax for type json"),
+    ("properties varchar(7)", {"properties": '{"a": 1}'}, "Column properties of"),
+    ("event text", {"event": "a\0b"}, "Column event holds a NUL"),
+    ("event text CHECK (event <> 'no')", {"event": "no"}, "violates check constraint"),
+    ("distinct_id uuid", {"distinct_id": "no-uuid"}, "Column distinct_id of"),
+    ("ip text NOT NULL", {"ip": None}, '"ip" DROP NOT NULL'),
+    ("ip varchar(200) NOT NULL", {"ip": None}, '"ip" DROP NOT NULL'),
+]
+
+
+@pytest.mark.parametrize("staged", [False, True], ids=["straight in", "staged"])
+def test_a_value_that_does_not_fit_names_column_and_row_and_nothing_is_written(staged: bool, target: Target) -> None:
+    good: Row = {"ip": "x", "event": "ok", "properties": "{}", "distinct_id": UUID.format(1)}
+    made = [creation(f"t{n}", "uuid text", columns) for n, (columns, *_) in enumerate(MISFITS)]
+    target.execute(*itertools.chain.from_iterable(made))
+    with target.resource().session() as session:
+        for n, (_, changes, reason) in enumerate(MISFITS):
+            destination = Destination(None, target.schema, f"t{n}")
+            rows = [event(1, **good), event(2, **good), event(3, **{**good, **changes}), event(4, **good)]
+            with pytest.raises(DestinationError, match=reason) as refused:
+                load_by(session, destination, EVENTS, *rows, staged=staged)
+            assert UUID.format(3) in str(refused.value)
+            assert session.rows(f"SELECT 1 FROM {destination.qualified}", doing="counting") == []
+
+
+def test_rows_that_no_partition_takes_are_an_error_and_the_others_land_in_theirs(target: Target) -> None:
+    create(target, "events", "uuid uuid", '"timestamp" timestamptz', after='PARTITION BY RANGE ("timestamp")')
+    target.execute("CREATE TABLE january PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2026-02-01')")
+    load(target, EVENTS, event(1), event(2))
+    assert load(target, EVENTS, event(2), event(3), staged=True) == Merged(1, 0)
+    assert target.count("january") == 3
+    with pytest.raises(DestinationError, match="no partition of relation"):
+        load(target, EVENTS, event(4, timestamp=MOMENT.replace(month=2, day=1)))
+
+
+def test_a_table_with_row_level_security_is_refused_in_postgress_words(target: Target) -> None:
+    create(target, "events", "uuid text")
+    target.execute("ALTER TABLE events ENABLE ROW LEVEL SECURITY")
+    with pytest.raises(DestinationError, match="row-level security"):
+        load(target, EVENTS, event())
+
+
+def test_a_database_that_cannot_hold_every_character_is_an_error_that_names_the_row(target: Target) -> None:
+    target.sandbox.postgres.execute(
+        "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0",
+        f"GRANT CREATE ON DATABASE latin TO {ROLE}",
+    )
+    try:
+        target.sandbox.postgres.execute(f"CREATE SCHEMA s AUTHORIZATION {ROLE}", database="latin")
+        with target.resource(database="latin").session() as session:
+            table = tables.ensure(session, Destination(None, "s", "events"), EVENTS)
+            with session.transaction():
+                copy(session, table, "events", event(1, event="é"))
+            assert session.rows("SELECT event FROM s.events", doing="reading") == [("é",)]
+            with pytest.raises(DestinationError, match='no equivalent in encoding "LATIN1"') as refused:
+                load_by(session, table.destination, EVENTS, event(2), event(3, event="🦔"))
+            assert UUID.format(3) in str(refused.value)
+    finally:
+        target.sandbox.postgres.execute("DROP DATABASE latin")

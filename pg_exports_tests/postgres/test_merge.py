@@ -1,0 +1,191 @@
+"""Which row stays when both sides have one, that the others are left alone, and that merges wait for each other."""
+
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+
+from pg_exports.errors import DestinationError
+from pg_exports.models.events import EVENTS
+from pg_exports.models.persons import PERSONS
+from pg_exports.models.sessions import SESSIONS
+from pg_exports.postgres import merge
+from pg_exports.postgres import table as tables
+from pg_exports.postgres.merge import Merged
+from pg_exports.postgres.session import Session
+from pg_exports.postgres.table import Destination
+from pg_exports_tests.conftest import Target
+from pg_exports_tests.postgres.test_ingest import MOMENT, Row, copy, create, event, load, person
+
+Versions = tuple[int | None, int | None]
+
+# (mapping's version, person's version) in Postgres, incoming, and whether the incoming one replaces it.
+PERSON_RULE: list[tuple[Versions, Versions, bool]] = [
+    ((1, 1), (1, 1), False),
+    ((1, 1), (1, 2), True),
+    ((1, 2), (1, 1), False),
+    ((1, 9), (2, 1), True),
+    ((2, 1), (1, 9), False),
+    ((2, 9), (10, 1), True),
+    ((0, 0), (0, 1), True),
+    ((-1, 0), (0, 0), True),
+    ((None, None), (None, None), False),
+    ((None, None), (None, 0), True),
+    ((None, None), (0, None), True),
+    ((None, 5), (0, 0), True),
+    ((0, None), (0, 0), True),
+    ((0, None), (0, -5), True),
+    ((0, 0), (0, None), False),
+    ((0, 0), (None, 9), False),
+    ((0, None), (0, None), False),
+    ((1, None), (None, 9), False),
+    ((2**31 - 1, 1), (1, 2**31 - 1), False),
+]
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_a_person_is_replaced_by_greater_versions_compared_in_order(target: Target, partitioned: bool) -> None:
+    if partitioned:
+        columns = ", ".join(f'"{column.name}" {column.postgres_type}' for column in PERSONS.columns)
+        create(target, "persons", columns, "PRIMARY KEY (team_id, distinct_id)", after="PARTITION BY HASH (team_id)")
+        target.execute("CREATE TABLE p0 PARTITION OF persons FOR VALUES WITH (MODULUS 1, REMAINDER 0)")
+    load(target, PERSONS, *(at(n, held, "held") for n, (held, _, _) in enumerate(PERSON_RULE)))
+    merged = load(target, PERSONS, *(at(n, incoming, "incoming") for n, (_, incoming, _) in enumerate(PERSON_RULE)))
+    landed = dict(target.rows("SELECT distinct_id, person_id FROM persons"))
+    for n, (held, incoming, replaces) in enumerate(PERSON_RULE):
+        assert landed[str(n)] == ("incoming" if replaces else "held"), (held, incoming)
+    assert merged == Merged(0, sum(replaces for *_, replaces in PERSON_RULE))
+
+
+def at(n: int, versions: Versions, person_id: str) -> Row:
+    return person(str(n), person_distinct_id_version=versions[0], person_version=versions[1], person_id=person_id)
+
+
+def test_a_persons_other_columns_alone_replace_nothing(target: Target) -> None:
+    load(target, PERSONS, person())
+    assert load(target, PERSONS, person(properties='{"b": 2}', person_id="other")) == Merged(0, 0)
+    assert load(target, PERSONS, person(properties=None, person_version=2)) == Merged(0, 1)
+    assert target.rows("SELECT properties, person_version FROM persons") == [(None, 2)]
+
+
+def test_one_team_or_another_distinct_id_is_another_row(target: Target) -> None:
+    assert load(target, PERSONS, person("a"), person("A"), person("a "), person(""), person("a", team_id=2)) == Merged(
+        5, 0
+    )
+    assert load(target, PERSONS, person("a", team_id=2, person_version=2)) == Merged(0, 1)
+
+
+SECOND = timedelta(seconds=1)
+
+# What is in Postgres, what comes in, and whether it replaces.
+SESSION_RULE: list[tuple[datetime | None, datetime | None, dict[str, Any], bool]] = [
+    (MOMENT, MOMENT, {}, False),
+    (MOMENT, MOMENT + SECOND, {}, True),
+    (MOMENT, MOMENT - SECOND, {}, False),
+    (MOMENT, MOMENT, {"pageview_count": 2}, True),
+    (MOMENT, MOMENT, {"urls": ["a"]}, True),
+    (MOMENT, MOMENT, {"urls": None}, True),
+    (MOMENT, MOMENT, {"urls": ["b", "a", None]}, True),
+    (MOMENT, MOMENT, {"channel_type": ""}, True),
+    (MOMENT, MOMENT, {"vitals_lcp": float("nan")}, True),
+    (MOMENT, MOMENT - SECOND, {"pageview_count": 2}, False),
+    (MOMENT, MOMENT + timedelta(microseconds=1), {}, True),
+    (None, MOMENT, {}, True),
+    (MOMENT, None, {"pageview_count": 2}, False),
+    (None, None, {"pageview_count": 2}, True),
+    (None, None, {}, False),
+]
+
+
+def test_a_session_is_replaced_when_it_ends_no_earlier_and_anything_differs(target: Target) -> None:
+    same = {"team_id": 1, "urls": ["a", "b", None], "pageview_count": 1}
+    held = [same | {"session_id": str(n), "end_timestamp": end} for n, (end, *_) in enumerate(SESSION_RULE)]
+    incoming = [
+        same | {"session_id": str(n), "end_timestamp": end} | changes
+        for n, (_, end, changes, _) in enumerate(SESSION_RULE)
+    ]
+    assert load(target, SESSIONS, *held) == Merged(len(held), 0)
+    places = dict(target.rows("SELECT session_id, ctid::text FROM sessions"))
+    merged = load(target, SESSIONS, *incoming)
+    after = dict(target.rows("SELECT session_id, ctid::text FROM sessions"))
+    for n, (end, new_end, changes, replaces) in enumerate(SESSION_RULE):
+        assert (places[str(n)] != after[str(n)]) is replaces, (end, new_end, changes)
+    assert merged == Merged(0, sum(replaces for *_, replaces in SESSION_RULE))
+
+
+def test_a_session_whose_every_value_is_the_same_is_not_written_again_nan_included(target: Target) -> None:
+    row = {"team_id": 1, "session_id": "s", "end_timestamp": MOMENT, "vitals_lcp": float("nan"), "urls": []}
+    assert load(target, SESSIONS, row) == Merged(1, 0)
+    assert load(target, SESSIONS, row) == Merged(0, 0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"person_version": 0}], ids=["the same", "older"])
+def test_rows_that_stay_are_neither_written_nor_locked(changes: dict[str, object], target: Target) -> None:
+    people = [person(str(n)) for n in range(100)]
+    load(target, PERSONS, *people)
+    where = "SELECT distinct_id, xmin::text, xmax::text, ctid::text FROM persons ORDER BY 1"
+    before = target.rows(where)
+    assert load(target, PERSONS, *(row | changes for row in people), person("new")) == Merged(1, 0)  # type: ignore[operator]
+    assert [row for row in target.rows(where) if row[0] != "new"] == before
+
+
+def test_events_that_are_there_are_told_by_every_column_of_their_identity_that_the_table_has(target: Target) -> None:
+    load(target, EVENTS, event(1))
+    others = [event(1, event="other"), event(1, distinct_id="other"), event(1, team_id=2), event(2)]
+    assert load(target, EVENTS, event(1), *others, staged=True) == Merged(4, 0)
+    create(target, "narrow", "uuid uuid")
+    load(target, EVENTS, event(1), table="narrow")
+    assert load(target, EVENTS, event(1, event="other"), event(2), table="narrow", staged=True) == Merged(1, 0)
+
+
+def test_no_staging_table_is_left_after_a_merge_or_a_failure(target: Target) -> None:
+    load(target, PERSONS, person())
+    with target.resource().session() as session:
+        table = tables.inspect(session, Destination(None, target.schema, "persons"), PERSONS)
+        with (
+            pytest.raises(DestinationError, match="division by zero"),
+            session.transaction(),
+            merge.staging_table(session, table),
+        ):
+            session.execute("SELECT 1 / 0", doing="dividing")
+    assert target.rows("SELECT tablename::text FROM pg_tables WHERE schemaname = current_schema()") == [("persons",)]
+
+
+def merged(target: Target, session: Session, people: list[Row], staged: threading.Barrier) -> Merged:
+    table = tables.inspect(session, Destination(None, target.schema, "persons"), PERSONS)
+    with session.transaction(), merge.staging_table(session, table) as staging:
+        copy(session, table, staging, *people)
+        staged.wait(timeout=30)
+        return merge.merge(session, table, staging)
+
+
+def test_two_merges_of_the_same_rows_in_opposite_orders_wait_for_each_other(target: Target) -> None:
+    """Both touch held rows and bring the same new ones; the second to come finds the first one's rows."""
+    names = [f"{n:05}" for n in range(3_000)]
+    load(target, PERSONS, *(person(name) for name in names[::2]))
+    staged = threading.Barrier(2)
+    outcomes: list[Merged | BaseException] = []
+
+    def merge_in(order: Iterator[str], version: int) -> None:
+        try:
+            with target.resource().session() as session:
+                outcomes.append(
+                    merged(target, session, [person(name, person_version=version) for name in order], staged)
+                )
+        except BaseException as error:  # noqa: BLE001 - shown by the assertion
+            outcomes.append(error)
+
+    threads = [
+        threading.Thread(target=merge_in, args=(iter(names), 2)),
+        threading.Thread(target=merge_in, args=(reversed(names), 3)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(isinstance(outcome, Merged) for outcome in outcomes), outcomes
+    written = [(outcome.inserted, outcome.updated) for outcome in outcomes if isinstance(outcome, Merged)]
+    assert sum(inserted for inserted, _ in written) == 1_500
+    assert target.rows("SELECT person_version, count(*) FROM persons GROUP BY 1") == [(3, 3_000)]
