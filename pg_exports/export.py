@@ -371,11 +371,13 @@ def _who(written: Mapping[str, Any]) -> str:
 
 
 def _sentence(error: ValidationError) -> str:
-    """A pydantic error in one line an attribute, without the values, which may be secrets."""
-    return "; ".join(
-        f"`{'.'.join(map(str, problem['loc']))}`: {_said(problem['msg'])}" if problem["loc"] else _said(problem["msg"])
-        for problem in error.errors(include_url=False, include_input=False, include_context=False)
-    )
+    """A pydantic error in one line, without the values, which may be secrets. Of an attribute's problems the first."""
+    problems: dict[str, str] = {}
+    for problem in error.errors(include_url=False, include_input=False, include_context=False):
+        # What follows an attribute's name may be a type of pydantic's own, one for each that was tried.
+        attribute = f"`{problem['loc'][0]}`: " if problem["loc"] else ""
+        problems.setdefault(attribute, _said(problem["msg"]))
+    return "; ".join(f"{attribute}{message}" for attribute, message in problems.items())
 
 
 def _said(message: str) -> str:

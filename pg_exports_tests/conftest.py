@@ -185,7 +185,7 @@ def materialise(
         "postgres_io_manager": PostgresIOManager(postgres=postgres),
     }
     mine = dg.Definitions(resources=resources, assets=downstream, executor=dg.in_process_executor)
-    job = dg.Definitions.merge(export.build_defs(None), mine).get_implicit_global_asset_job_def()
+    job = dg.Definitions.merge(export.build_defs(None), mine).resolve_implicit_global_asset_job_def()
     tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if last else {}
     with dg.DagsterInstance.ephemeral() as instance:
         result = job.execute_in_process(

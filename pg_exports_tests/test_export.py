@@ -141,6 +141,8 @@ def test_every_attribute_can_be_set_in_yaml_and_in_python(load: Load) -> None:
         "schema": "analytics",
         "table": 'my "events"',
         "connection": "postgres_eu",
+        "on_bad_rows": "reject",
+        "deduplicate": "table",
         "paused": True,
     }
     in_python = PostgresExport(**every)
@@ -159,6 +161,7 @@ def test_every_attribute_can_be_set_in_yaml_and_in_python(load: Load) -> None:
     assert asset(in_python).op.pool == "postgres_eu"
     assert asset(in_python).required_resource_keys == {"clickhouse", "postgres_eu_io_manager"}
     assert in_python.include_events == every["include_events"]
+    assert (in_python.on_bad_rows, in_python.deduplicate) == ("reject", "table")
 
 
 @pytest.mark.parametrize(
@@ -209,6 +212,9 @@ def test_a_connection_that_is_not_there_is_named() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"modell": "events"}, "`modell`: Extra inputs are not permitted"),
     ({"model": "groups"}, "`model`: Input should be 'events', 'persons' or 'sessions'"),
+    ({"on_bad_rows": "ignore"}, "`on_bad_rows`: Input should be 'repair', 'reject' or 'fail'"),
+    ({"deduplicate": True}, "`deduplicate`: Input should be 'interval' or 'table'"),
+    ({"model": "persons", "deduplicate": "table"}, "`deduplicate: table` is for `model: events`"),
     ({"team_id": "seven"}, "`team_id`: Input should be a valid integer"),
     ({"team_id": 1.5}, "`team_id"),
     ({"team_id": -1}, "`team_id` must be a team's number"),

@@ -15,10 +15,9 @@ def _kind_of(name: str, kind: str, attribute: str) -> str:
 
 
 def _source_type(name: str, attribute: str) -> str:
-    return (
-        f"coalesce({_kind_of(name, 'source', attribute)}, "
-        f"{_kind_of(f'cutToFirstSignificantSubdomain({name})', 'source', attribute)})"
-    )
+    """m.facebook.com is looked up as itself, as facebook.com (PostHog's own second look-up), and as facebook."""
+    names = (name, f"cutToFirstSignificantSubdomain({name})", f"firstSignificantSubdomain({name})")
+    return f"coalesce({', '.join(_kind_of(each, 'source', attribute) for each in names)})"
 
 
 def _known_type(paid_or_organic: str, attribute: str) -> str:

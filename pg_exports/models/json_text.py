@@ -39,6 +39,8 @@ def members(document: str) -> dict[str, str]:
 
 def unescaped(token: str) -> str:
     """The text of a JSON string token. A surrogate without its other half becomes U+FFFD: no encoding can hold it."""
+    if "\\" not in token:
+        return token[1:-1]
     try:
         text: str = json.loads(token, strict=False)
     except ValueError:  # an escape that JSON does not know

@@ -56,8 +56,10 @@ def channel_type(known: Definitions, initial: Mapping[str, str | None]) -> str:
 
 
 def _source_type(known: Definitions, name: str | None, paid: bool) -> str | None:
-    above = ".".join(name.split(".")[-2:]) if name else None
-    return _type(known, name, "source", paid) or _type(known, above, "source", paid)
+    labels = name.split(".") if name else []
+    above = ".".join(labels[-2:]) or None
+    alone = labels[-2] if len(labels) > 1 else None
+    return next(filter(None, (_type(known, each, "source", paid) for each in (name, above, alone))), None)
 
 
 def _type(known: Definitions, name: str | None, kind: str, paid: bool) -> str | None:

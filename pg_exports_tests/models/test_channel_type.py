@@ -158,6 +158,10 @@ CASES: dict[str, tuple[dict[str, str], str]] = {
         "Organic Social",
     ),
     "a source below a known one": ({"utm_medium": "?", "utm_source": "l.facebook.com"}, "Organic Social"),
+    "a referring domain whose name alone is known": (
+        {"utm_medium": "?", "referring_domain": "www.google.com"},
+        "Organic Search",
+    ),
     "the name itself before the domain above": ({"utm_medium": "?", "referring_domain": "m.mail.example"}, "Email"),
     "the domain above where the name has no type": ({"utm_medium": "?", "referring_domain": "x.mail.example"}, "SMS"),
     "a domain that only ends like a known one": (
