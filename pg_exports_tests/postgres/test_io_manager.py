@@ -2,6 +2,7 @@
 
 import json
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -95,6 +96,21 @@ def test_a_day_over_hours_that_another_export_loaded_adds_nothing(
     run(events_export(target, day, start=day), partition_key(day + 5 * HOUR))
     daily = events_export(target, day, start=day.date(), name="daily", table="events", interval="day")
     assert run(daily, f"{day:%Y-%m-%d}").counts == (1, 0, 1)
+
+
+def test_first_runs_of_one_interval_and_of_the_day_around_it_at_the_same_moment_leave_each_row_once(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    day = hour.replace(hour=0) - 24 * HOUR
+    source.insert("events", *(event(day + n * HOUR) for n in range(24)))
+    hourly = events_export(target, day, start=day)
+    daily = events_export(target, day, start=day.date(), name="daily", table="events", interval="day")
+    keys = [partition_key(day + 5 * HOUR)] * 3
+    with ThreadPoolExecutor(4) as threads:
+        runs = [*(threads.submit(run, hourly, key) for key in keys), threads.submit(run, daily, f"{day:%Y-%m-%d}")]
+    assert [done.result().error for done in runs] == [None] * 4
+    assert sum(done.result().counts[0] for done in runs) == 24
+    assert target.rows("SELECT count(*), count(DISTINCT uuid) FROM events") == [(24, 24)]
 
 
 def test_rows_that_were_in_the_table_before_are_recognised(
