@@ -127,6 +127,8 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             connect_timeout=CONNECT_TIMEOUT,
             send_receive_timeout=self.read_timeout,
             autogenerate_session_id=False,
+            # In the body, as a long list of event names would not fit into a URL.
+            form_encode_query_params=True,
             compress=False,
         )
 

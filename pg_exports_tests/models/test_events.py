@@ -212,6 +212,14 @@ def test_event_names_are_data_whatever_they_hold(
     assert {name for (name,) in target.rows('SELECT event FROM "both"')} == {"plain"}
 
 
+def test_a_list_of_thousands_of_event_names_is_no_longer_than_a_query_may_be(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour, event="event 4999 'é'"), event(hour, event="other"))
+    names = [f"event {number} 'é'" for number in range(5_000)]
+    assert run(export_of("events", target, hour, include_events=names), partition_key(hour)).counts == (1, 0, 0)
+
+
 def test_times_keep_their_microseconds_and_texts_their_bytes(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:
