@@ -33,11 +33,14 @@ PASSING_CODES = frozenset(
     }
 )
 
+_TRACE = "The query is in system.query_log, with the run's id in its log_comment."
+
 _REMEDIES = {
-    47: "A column is missing: the models read PostHog's tables, column by column as the README lists them.",
+    47: "A column is missing: the models read PostHog's own tables.",
     60: "A source table is missing: check the connection's `database` (CLICKHOUSE_DATABASE).",
     81: "Check the connection's `database` (CLICKHOUSE_DATABASE).",
     115: "Check the connection's `settings`.",
+    164: "The ClickHouse user may not change settings: give it a profile with `readonly` 2 instead of 1.",
     192: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     193: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     194: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
@@ -63,7 +66,7 @@ def refused(text: str, code: int | None, address: str) -> SourceError | PassingE
     said = f"ClickHouse at {address} answered with an error: {_own_words(text)}"
     if code in PASSING_CODES:
         return PassingError(said)
-    return SourceError(f"{said}\n{_REMEDIES.get(code or 0, 'The query is in the materialisation of the asset.')}")
+    return SourceError(f"{said}\n{_REMEDIES.get(code or 0, _TRACE)}")
 
 
 def _own_words(text: str) -> str:

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.models.channels import channel_type, definitions
-from pg_exports_tests.models.source_rows import INITIAL, export_of, insert_sessions, new_session, session
+from pg_exports_tests.source_rows import INITIAL, export_of, insert_sessions, new_session, session
 
 DEFINITIONS = (
     ("facebook.com", "source", "Paid Social", "Organic Social"),

@@ -32,7 +32,7 @@ from pg_exports_tests.models.comparison import (
     instant,
     landed_rows,
 )
-from pg_exports_tests.models.source_rows import HOUR, MICROSECOND, event, export_of
+from pg_exports_tests.source_rows import HOUR, MICROSECOND, event, export_of
 
 DEFAULT = {
     "uuid": "VARCHAR(200)",

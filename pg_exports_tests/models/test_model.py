@@ -9,7 +9,7 @@ import pytest
 from pg_exports.models import MODELS, Model, Query, Selection
 from pg_exports.sandbox import source_tables
 from pg_exports_tests.conftest import SAMPLE_HOURS, TEAM, Source
-from pg_exports_tests.models.source_rows import HOUR
+from pg_exports_tests.source_rows import HOUR
 
 ODD_NAMES = (
     "it's",

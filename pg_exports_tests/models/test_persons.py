@@ -20,7 +20,7 @@ from pg_exports_tests.conftest import (
     partition_key,
 )
 from pg_exports_tests.models.comparison import Row, comparable, created_columns, differences, instant, landed_rows
-from pg_exports_tests.models.source_rows import HOUR, MICROSECOND, export_of, mapping, person
+from pg_exports_tests.source_rows import HOUR, MICROSECOND, export_of, mapping, person
 
 DEFAULT = {
     "team_id": "INTEGER",

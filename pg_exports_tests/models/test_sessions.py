@@ -20,7 +20,7 @@ from pg_exports_tests.conftest import (
 )
 from pg_exports_tests.models.channels import Definitions, channel_type, definitions
 from pg_exports_tests.models.comparison import Row, comparable, created_columns, differences, instant, landed_rows
-from pg_exports_tests.models.source_rows import (
+from pg_exports_tests.source_rows import (
     HOUR,
     INITIAL,
     MICROSECOND,
