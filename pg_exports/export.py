@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import time
 import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -30,7 +31,7 @@ from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.errors import SettingsError
 from pg_exports.interval import Deduplicate, Interval, IntervalFrames, OnBadRows
 from pg_exports.models import MODELS, Model, Query, Selection
-from pg_exports.partitions import Grid, IntervalLength, intervals
+from pg_exports.partitions import Grid, IntervalLength, intervals, unsettled
 from pg_exports.postgres import PostgresIOManager, PostgresResource
 from pg_exports.postgres import io_manager as io
 from pg_exports.postgres.table import Destination
@@ -262,6 +263,10 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
                 )
             keys = context.partition_key_range
             asked = intervals(partitions, keys.start, keys.end, datetime.now(UTC))
+            wait = unsettled(asked, datetime.now(UTC)).total_seconds()
+            if wait > 0:
+                context.log.info(f"Waiting {wait:.0f} s: {asked[-1]} ended less than a minute ago.")
+                time.sleep(wait)
             return self._frames(context, clickhouse, model, asked)
 
         with warnings.catch_warnings():

@@ -19,6 +19,10 @@ IntervalLength = Literal["hour", "day", "week", "every 5 minutes", "every 15 min
 _MINUTES = {"hour": "0", "every 5 minutes": "*/5", "every 15 minutes": "*/15"}
 _MINUTES_AFTER = {"hour": "1", "every 5 minutes": "1-59/5", "every 15 minutes": "1-59/15"}
 
+SETTLING = timedelta(minutes=1)
+"""How long after its end an interval is left alone, for rows on their way into ClickHouse. Schedules keep to it by firing a
+minute late; only a run that was started by hand, or a tick on a day when clocks change, has to wait."""
+
 # Years that ClickHouse's DateTime holds.
 _FIRST_YEAR, _LAST_YEAR = 1971, 2105
 
@@ -131,6 +135,11 @@ def intervals(
     # Dagster names a range's first key wrongly where that is the second of two equal local times (02:00+0100).
     _, *others = partitions.get_partition_keys_in_range(dg.PartitionKeyRange(first, last))
     return tuple(_interval(key, partitions.time_window_for_partition_key(key)) for key in (first, *others))
+
+
+def unsettled(asked: tuple[Interval, ...], now: datetime) -> timedelta:
+    """How long to wait until the last of a run's intervals has settled; zero or less for one that has."""
+    return asked[-1].end + SETTLING - now
 
 
 def _interval(key: str, window: dg.TimeWindow) -> Interval:

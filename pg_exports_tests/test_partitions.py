@@ -13,7 +13,7 @@ from dagster._utils.schedules import cron_string_iterator
 from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource
 from pg_exports.errors import SettingsError
 from pg_exports.interval import Interval
-from pg_exports.partitions import Grid, IntervalLength, intervals
+from pg_exports.partitions import Grid, IntervalLength, intervals, unsettled
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, materialise
 
 LATER = datetime(2040, 1, 1, tzinfo=UTC)
@@ -260,6 +260,15 @@ def test_an_interval_is_over_at_its_end_and_not_before() -> None:
     for first in ("2026-11-20-13:00", "2026-11-20-01:00"):
         with pytest.raises(SettingsError, match=r"Partition 2026-11-20-13:00 covers .* which is not over"):
             intervals(partitions, first, "2026-11-20-13:00", end - timedelta(microseconds=1))
+
+
+def test_an_interval_settles_for_a_minute_after_its_end_before_a_run_reads_it() -> None:
+    partitions = Grid("hour", "UTC").partitions("2026-11-20")
+    end = utc("2026-11-20T14:00")
+    asked = intervals(partitions, "2026-11-20-10:00", "2026-11-20-13:00", end)
+    assert unsettled(asked, end) == timedelta(minutes=1)
+    assert unsettled(asked, end + timedelta(seconds=45)) == timedelta(seconds=15)
+    assert unsettled(asked, end + timedelta(minutes=1)) == timedelta(0)
 
 
 def test_a_range_far_into_the_future_is_refused_at_once() -> None:
