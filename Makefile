@@ -34,8 +34,10 @@ lint: .venv/installed ## Format, lint, types, definitions
 		DAGSTER_HOME="$$folder" PG_EXPORTS_TEAM_ID=1 $(BIN)/dg check defs >"$$folder/log" 2>&1 || { cat "$$folder/log"; exit 1; }
 
 clean: ## Stop the sandbox; delete it and everything that was installed here
-	@if [ -x $(BIN)/python ] && [ -e .sandbox/sandbox.json ]; then $(BIN)/python -m pg_exports.sandbox down; fi
-	@rm -rf .venv .sandbox .pytest_cache .mypy_cache .ruff_cache
+	@if [ -e .sandbox/sandbox.json ]; then \
+		[ -x $(BIN)/python ] || { echo "The sandbox may run, and .venv is gone: \`make sandbox clean\`."; exit 1; }; \
+		$(BIN)/python -m pg_exports.sandbox down; fi
+	@rm -rf .venv .sandbox .tmp_dagster_home_* .pytest_cache .mypy_cache .ruff_cache
 
 sandbox: .venv/installed postgresql
 	@$(BIN)/python -m pg_exports.sandbox up

@@ -120,7 +120,9 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     interval: IntervalLength = Field(
         default="hour", description="Length of an interval: hour, day, week, every 5 minutes or every 15 minutes."
     )
-    timezone: str = Field(default="UTC", description="IANA timezone in which days and weeks begin.")
+    timezone: str = Field(
+        default="UTC", description="IANA timezone in which days and weeks begin, and in which start and keys are read."
+    )
     offset_hour: int = Field(default=0, description="Hour at which a day or week begins.")
     offset_day: int = Field(default=0, description="Day on which a week begins, 0 = Sunday.")
     include_events: list[str] = Field(default=[], description="Events to export, by name; empty = all.")
@@ -386,5 +388,5 @@ def _sentence(error: ValidationError) -> str:
 
 
 def _said(message: str) -> str:
-    # What pydantic puts before a validator's own words.
-    return message.removeprefix("Value error, ")
+    """A message without what pydantic puts before a validator's own words, and in a user's words."""
+    return message.removeprefix("Value error, ").replace("Extra inputs are not permitted", "there is no such attribute")

@@ -210,7 +210,7 @@ def test_a_connection_that_is_not_there_is_named() -> None:
 # Wrong attributes
 
 WRONG: list[tuple[dict[str, Any], str]] = [
-    ({"modell": "events"}, "`modell`: Extra inputs are not permitted"),
+    ({"modell": "events"}, "`modell`: there is no such attribute"),
     ({"model": "groups"}, "`model`: Input should be 'events', 'persons' or 'sessions'"),
     ({"on_bad_rows": "ignore"}, "`on_bad_rows`: Input should be 'repair', 'reject' or 'fail'"),
     ({"deduplicate": True}, "`deduplicate`: Input should be 'interval' or 'table'"),
@@ -252,7 +252,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"connection": "my postgres"}, "`connection` must be a resource key"),
     ({"connection": INLINE}, "`database` is required with an inline `connection`"),
     ({"database": "d", "connection": {"host": "h", "password": SECRET}}, "`connection`: `user`: Field required"),
-    ({"database": "d", "connection": INLINE | {"pasword": SECRET}}, "`connection`: `pasword`: Extra inputs"),
+    (
+        {"database": "d", "connection": INLINE | {"pasword": SECRET}},
+        "`connection`: `pasword`: there is no such attribute",
+    ),
     ({"database": "d", "connection": INLINE | {"password": [SECRET]}}, "`connection`: `password`"),
     (
         {"database": "d", "connection": INLINE | {"port": SECRET}},
@@ -305,7 +308,7 @@ def test_a_missing_attribute_is_named_and_no_other_value_is_shown(load: Load, mi
 
 def test_a_misspelt_attribute_of_a_secret_does_not_show_it(load: Load) -> None:
     text = refusal(load, yaml(pasword=SECRET))
-    assert "`pasword`: Extra inputs are not permitted" in said(text)
+    assert "`pasword`: there is no such attribute" in said(text)
     assert "s3cret" not in text
 
 
@@ -563,7 +566,7 @@ def test_a_variable_with_a_wrong_value_is_named(
 ) -> None:
     with (
         environment(monkeypatch, **(sandbox.environment() | {name: value})),
-        pytest.raises((SettingsError, ValidationError), match=f"(?i){name}|{name.removeprefix('POSTGRES_')}"),
+        pytest.raises(SettingsError, match=f"The environment variable {name} must be"),
     ):
         connections()
 

@@ -71,8 +71,10 @@ def refused(text: str, code: int | None, address: str) -> SourceError | PassingE
 
 def _own_words(text: str) -> str:
     """ClickHouse's exception without what clickhouse-connect puts around it."""
-    own = re.search(r"Code: \d+\. DB::.*", text, re.DOTALL)
-    return re.sub(r"\s*\(for url [^)]*\)\s*\Z", "", own.group() if own else text).strip()
+    found = re.search(r"Code: \d+\. DB::.*", text, re.DOTALL)
+    own = re.sub(r"\s*\(for url [^)]*\)\s*\Z", "", found.group() if found else text)
+    # The query that it repeats may have two thousand characters.
+    return re.sub(r" In scope .*(?=\. \([A-Z_]+\))", "", own, flags=re.DOTALL).strip()
 
 
 def _no_answer(text: str, address: str) -> SourceError | PassingError:

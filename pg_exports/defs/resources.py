@@ -4,12 +4,13 @@ Required variables are EnvVars, read when a run starts and shown in the UI by na
 """
 
 import os
-from typing import Any
+from typing import Any, get_args
 
 import dagster as dg
 
 from pg_exports import ClickHouseResource, PostgresIOManager, PostgresResource
 from pg_exports.errors import SettingsError
+from pg_exports.postgres.tls import VerifyServerIdentity
 
 
 @dg.definitions
@@ -21,9 +22,8 @@ def connections() -> dg.Definitions:
         user=dg.EnvVar("POSTGRES_USER"),
         password=dg.EnvVar("POSTGRES_PASSWORD"),
         database=dg.EnvVar("POSTGRES_DATABASE"),
-        **_if_set(
-            verify_server_identity="POSTGRES_VERIFY_SERVER_IDENTITY", root_certificate="POSTGRES_ROOT_CERTIFICATE"
-        ),
+        verify_server_identity=_choice("POSTGRES_VERIFY_SERVER_IDENTITY"),
+        **_if_set(root_certificate="POSTGRES_ROOT_CERTIFICATE"),
     )
     clickhouse = ClickHouseResource(
         host=dg.EnvVar("CLICKHOUSE_HOST"),
@@ -39,7 +39,7 @@ def connections() -> dg.Definitions:
             "postgres": postgres,
             "postgres_io_manager": PostgresIOManager(postgres=postgres),
         },
-        # A run has one step: a process for it alone would cost it 2.5 seconds.
+        # A step does little but wait for two servers: a process of its own would cost it 2.5 seconds.
         executor=dg.in_process_executor,
     )
 
@@ -55,6 +55,15 @@ def _number(name: str) -> int | None:
     if not value.isdigit():
         raise SettingsError(f"The environment variable {name} must be a port number, not {value!r}.")
     return int(value)
+
+
+def _choice(name: str) -> VerifyServerIdentity:
+    value = os.environ.get(name) or "ca-and-hostname"
+    choices: tuple[VerifyServerIdentity, ...] = get_args(VerifyServerIdentity)
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise SettingsError(f"The environment variable {name} must be one of {', '.join(choices)}, not {value!r}.")
 
 
 def _flag(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The channel that brought a session, after PostHog's public rules (MODELS: channel_type). An expression over `sessions`."""
+"""The channel that brought a session, after PostHog's public rules ("Channel type" in its docs): one expression."""
 
 DICTIONARY = "channel_definition_dict"
 """The source's dictionary of known sources and mediums, keyed (name, kind)."""

@@ -6,7 +6,7 @@ Nothing here talks to a database. The models themselves are the modules beside t
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from enum import Enum
+from enum import Enum, auto
 
 import polars as pl
 
@@ -14,17 +14,17 @@ import polars as pl
 class Kind(Enum):
     """What a column's values are, whatever the type that the destination has for them.
 
-    The value is the Polars type of the column in a frame: JSON travels as its text, whole numbers of every width as
-    64-bit integers, times as microseconds in UTC.
+    `FRAME_TYPES` has the Polars type of each in a frame: JSON travels as its text, whole numbers of every width as 64-bit
+    integers, times as microseconds in UTC.
     """
 
-    TEXT = "text"
-    JSON = "JSON"
-    INTEGER = "integer"
-    FLOAT = "float"
-    BOOLEAN = "boolean"
-    TIMESTAMP = "timestamp"
-    TEXT_LIST = "list of text"
+    TEXT = auto()
+    JSON = auto()
+    INTEGER = auto()
+    FLOAT = auto()
+    BOOLEAN = auto()
+    TIMESTAMP = auto()
+    TEXT_LIST = auto()
 
 
 FRAME_TYPES: Mapping[Kind, pl.DataType] = {

@@ -22,7 +22,7 @@ CLICK_IDS = (
 )
 
 BOUNCE_SECONDS = 10
-"""A session of one pageview that lasts as long as this is no bounce (MODELS: is_bounce)."""
+"""A session of one pageview that lasts as long as this is no bounce."""
 
 _SESSION_HOUR = "toStartOfHour(fromUnixTimestamp(intDiv(toUInt64(bitShiftRight(session_id_v7, 80)), 1000)))"
 

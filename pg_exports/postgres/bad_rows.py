@@ -7,6 +7,7 @@ might be repaired into one), and what only Postgres itself recognises as bad, su
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import polars as pl
@@ -17,6 +18,9 @@ from pg_exports.postgres import types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import DestinationTable
 from pg_exports.postgres.types import DestinationColumn
+
+KEY_BYTES = 2_600
+"""Longest key of a merge. A B-tree's entry may have 2,704 bytes, of which some are its own."""
 
 REPLACEMENT = "\ufffd"
 
@@ -49,9 +53,10 @@ class BadRow:
 
 @dataclass(frozen=True)
 class SortedRows:
-    """Rows that can be sent, some of them repaired, and those that cannot."""
+    """Rows that can be sent, some of them repaired; the same rows as they were; and those that cannot be sent."""
 
     good: pl.DataFrame
+    as_they_were: pl.DataFrame
     repaired: int
     bad: list[BadRow]
 
@@ -64,13 +69,14 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
         table: the destination, whose columns must hold the values.
         on_bad_rows: with `repair` a repaired row is good, with `reject` and `fail` it is bad.
     """
-    reasons: dict[int, tuple[str, str]] = {}
+    as_they_were = frame
+    reasons = _too_long_keys(frame, table)
     repaired: set[int] = set()
     for source, destination in table.pairs:
         values = frame[source.name]
         mended = _mended(values, source, destination)
         if on_bad_rows == "repair" and not (table.model.merge and source.name in table.model.key):
-            values = values.scatter(list(mended), list(mended.values())) if mended else values
+            values = _with(values, mended) if mended else values
             frame = frame.with_columns(values) if mended else frame
             repaired.update(mended)
         else:
@@ -83,10 +89,21 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
             reason = _reason(source, destination, table, remedy)
             reasons |= {row: (source.name, reason) for row in misfits.arg_true() if row not in reasons}
     if not reasons:
-        return SortedRows(frame, len(repaired), [])
-    bad = [bad_row(frame, row, table.model, column, reason) for row, (column, reason) in sorted(reasons.items())]
-    good = frame.filter(~pl.int_range(frame.height, eager=True).is_in(list(reasons)))
-    return SortedRows(good, len(repaired - set(reasons)), bad)
+        return SortedRows(frame, as_they_were, len(repaired), [])
+    bad = [bad_row(as_they_were, row, table.model, column, reason) for row, (column, reason) in sorted(reasons.items())]
+    is_good = ~pl.int_range(frame.height, eager=True).is_in(list(reasons))
+    return SortedRows(frame.filter(is_good), as_they_were.filter(is_good), len(repaired - set(reasons)), bad)
+
+
+def _with(values: pl.Series, mended: Mapping[int, str | list[str | None]]) -> pl.Series:
+    """The values with those that were mended in their places."""
+    new = pl.Series(values.name, list(mended.values()), dtype=values.dtype)
+    if values.dtype == pl.String:
+        return values.scatter(list(mended), new)
+    # Lists cannot be scattered.
+    places = pl.Series([*range(len(values)), *mended], dtype=pl.UInt32)
+    joined = pl.DataFrame({"place": places, "value": pl.concat([values, new])})
+    return joined.unique("place", keep="last").sort("place")["value"].alias(values.name)
 
 
 def _reason(source: Column, destination: DestinationColumn, table: DestinationTable, remedy: str) -> str:
@@ -116,14 +133,29 @@ def _repaired_escape(escape: re.Match[str]) -> str:
     return "\\ufffd"
 
 
-def _mended(values: pl.Series, source: Column, destination: DestinationColumn) -> dict[int, str]:
+def _too_long_keys(frame: pl.DataFrame, table: DestinationTable) -> dict[int, tuple[str, str]]:
+    """Rows of a merge whose key is longer than the primary key's index can hold."""
+    if not table.model.merge:
+        return {}
+    texts = [source.name for source, _ in table.pairs if source.name in table.model.key and source.kind is Kind.TEXT]
+    size = frame.select(pl.sum_horizontal(pl.col(name).str.len_bytes() for name in texts)).to_series()
+    reason = f"The key is longer than {KEY_BYTES} bytes, more than an index of Postgres holds."
+    return dict.fromkeys((size > KEY_BYTES).arg_true(), (texts[0], reason))
+
+
+def _mended(values: pl.Series, source: Column, destination: DestinationColumn) -> dict[int, str | list[str | None]]:
     """The new value of each row whose text holds what Postgres cannot."""
+    if source.kind is Kind.TEXT_LIST:
+        with_nul = values.list.eval(pl.element().str.contains("\0", literal=True)).list.any().arg_true()
+        lists: list[list[str | None]] = values.gather(with_nul).to_list()
+        mended_lists = [[text and text.replace("\0", REPLACEMENT) for text in texts] for texts in lists]
+        return dict(zip(with_nul, mended_lists, strict=True))
     if source.kind not in (Kind.TEXT, Kind.JSON):
         return {}
     # Only JSONB reads escapes; TEXT and JSON keep them as they are written.
     as_jsonb = source.kind is Kind.JSON and destination.type == "jsonb"
     suspects = values.str.contains_any(_SUSPICIOUS if as_jsonb else ["\0"]).arg_true()
-    mended: dict[int, str] = {}
+    mended: dict[int, str | list[str | None]] = {}
     for row, value in zip(suspects, values.gather(suspects), strict=True):
         new = repaired_json(value) if as_jsonb else value.replace("\0", REPLACEMENT)
         if new != value:

@@ -35,7 +35,7 @@ _CONNECTION_LOST = (
 _CONNECT_REMEDIES = (
     (
         "password authentication failed",
-        "Check `user` and `password` (POSTGRES_USER, POSTGRES_PASSWORD).",
+        "Check the connection's `user` and `password` (for `postgres`: POSTGRES_USER, POSTGRES_PASSWORD).",
     ),
     (
         "no password supplied",
@@ -52,7 +52,7 @@ _CONNECT_REMEDIES = (
     ),
     (
         "does not support SSL",
-        "This product never connects without TLS. Turn it on in the server (ssl = on, with a certificate).",
+        "pg_exports never connects without TLS. Turn it on in the server (ssl = on, with a certificate).",
     ),
     (
         "does not match host name",

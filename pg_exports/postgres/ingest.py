@@ -10,13 +10,16 @@ from adbc_driver_postgresql import dbapi
 from pg_exports.errors import DestinationError
 from pg_exports.interval import OnBadRows
 from pg_exports.postgres import bad_rows, errors, types
-from pg_exports.postgres.bad_rows import BadRow
+from pg_exports.postgres.bad_rows import BadRow, SortedRows
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 
 COPY_BYTES = 32 * 1024 * 1024
 """Size of one COPY. Postgres's refusal of a row surfaces when its COPY ends: a bounded one fails early."""
 
+
+SMALL_LOT = 256
+"""Rows of the first COPY after one that Postgres refused."""
 
 SetAside = Callable[[list[BadRow]], None]
 """Takes rows that were rejected, a piece's at a time."""
@@ -60,7 +63,7 @@ def copy_frames(
         found = bad_rows.sort_out(frame, table, on_bad_rows)
         good, refused = found.good, found.bad
         if not refused or on_bad_rows != "fail":
-            good, by_copy = _copy(session, table, into, good, on_bad_rows)
+            good, by_copy = _copy(session, table, into, found, on_bad_rows)
             refused = refused + by_copy
         if refused and on_bad_rows == "fail":
             raise DestinationError(_failure(refused[0]))
@@ -95,35 +98,40 @@ def _cut(frame: pl.DataFrame, size: int) -> Iterator[pl.DataFrame]:
 
 
 def _copy(
-    session: Session, table: DestinationTable, into: str, frame: pl.DataFrame, on_bad_rows: OnBadRows
+    session: Session, table: DestinationTable, into: str, rows: SortedRows, on_bad_rows: OnBadRows
 ) -> tuple[pl.DataFrame, list[BadRow]]:
     """COPY one piece; gives the rows that went in, and those of which Postgres refused a value.
 
-    COPY names the first row that it refuses. Those before it are sent again, it is left out, and the rest follows: a row
-    is sent twice at most, however many are bad.
+    COPY names the first row that it refuses. The rows before it are sent again, it is left out, and the rest follows in
+    small lots that grow while they are good, so that a bad row costs one small COPY more and not the rest of the piece.
     """
     sent: list[pl.DataFrame] = []
     bad: list[BadRow] = []
-    rest = frame
-    while rest.height:
+    begin, lot = 0, rows.good.height
+    while begin < rows.good.height:
+        frame = rows.good[begin : begin + lot]
         session.execute("SAVEPOINT pg_exports_copy", doing="setting a savepoint")
         try:
-            _send(session, table, into, rest)
-            sent.append(rest)
-            break
+            _send(session, table, into, frame)
         except dbapi.Error as error:
             row = _refused_row(error)
-            if row is None or row >= rest.height:
+            if row is None or row >= frame.height:
                 raise errors.during(error, f"copying rows into {table.qualified}") from None
-            bad.append(bad_rows.bad_row(rest, row, table.model, None, errors.server_message(error)))
+            bad.append(
+                bad_rows.bad_row(rows.as_they_were, begin + row, table.model, None, errors.server_message(error))
+            )
             if on_bad_rows == "fail":
                 break
-        session.execute("ROLLBACK TO SAVEPOINT pg_exports_copy", doing="going back to a savepoint")
-        if row:
-            _send(session, table, into, rest[:row])
-            sent.append(rest[:row])
-        rest = rest[row + 1 :]
-    return pl.concat(sent) if sent else frame.clear(), bad
+            session.execute("ROLLBACK TO SAVEPOINT pg_exports_copy", doing="going back to a savepoint")
+            if row:
+                _send(session, table, into, frame[:row])
+                sent.append(frame[:row])
+            begin, lot = begin + row + 1, SMALL_LOT
+        else:
+            session.execute("RELEASE SAVEPOINT pg_exports_copy", doing="releasing a savepoint")
+            sent.append(frame)
+            begin, lot = begin + frame.height, lot * 2
+    return pl.concat(sent) if sent else rows.good.clear(), bad
 
 
 def _send(session: Session, table: DestinationTable, into: str, frame: pl.DataFrame) -> None:

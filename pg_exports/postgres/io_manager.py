@@ -56,7 +56,7 @@ class PostgresIOManager(dg.ConfigurableIOManager):
             )
         destination = destination_of(context.definition_metadata)
         with self.postgres.session(destination.database, context.log) as session:
-            table = tables.ensure(session, destination, obj.model)
+            tables.ensure(session, destination, obj.model)
             ledger.ensure(session, destination.schema)
             rejected.ensure(session, destination.schema)
             for interval in obj.intervals:

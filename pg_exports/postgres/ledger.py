@@ -16,6 +16,9 @@ from pg_exports.postgres.table import DestinationTable
 
 TABLE = "pg_exports_ledger"
 
+NO_FILE = 0
+"""Stands for the filenode of a partitioned table, which has none."""
+
 _CREATE = """
 CREATE TABLE IF NOT EXISTS {ledger} (
     destination text NOT NULL,
@@ -24,7 +27,7 @@ CREATE TABLE IF NOT EXISTS {ledger} (
     interval_end timestamptz NOT NULL,
     team_id bigint NOT NULL,
     table_oid bigint NOT NULL,
-    table_filenode bigint,
+    table_filenode bigint NOT NULL,
     rows_before boolean NOT NULL,
     rows_at_source bigint NOT NULL,
     rows_inserted bigint NOT NULL,
@@ -36,7 +39,7 @@ CREATE TABLE IF NOT EXISTS {ledger} (
     run_id text NOT NULL,
     started_at timestamptz NOT NULL,
     committed_at timestamptz NOT NULL,
-    PRIMARY KEY (destination, export, interval_start, interval_end)
+    PRIMARY KEY (destination, export, team_id, interval_start, interval_end, table_oid, table_filenode)
 )
 """
 
@@ -50,10 +53,7 @@ VALUES (
     $1, $2, $3::text::timestamptz, $4::text::timestamptz, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16,
     $17::text::timestamptz, clock_timestamp()
 )
-ON CONFLICT (destination, export, interval_start, interval_end) DO UPDATE SET
-    team_id = excluded.team_id,
-    table_oid = excluded.table_oid,
-    table_filenode = excluded.table_filenode,
+ON CONFLICT (destination, export, team_id, interval_start, interval_end, table_oid, table_filenode) DO UPDATE SET
     rows_before = excluded.rows_before,
     rows_at_source = excluded.rows_at_source,
     rows_inserted = excluded.rows_inserted,
@@ -74,11 +74,11 @@ SELECT
     (
         SELECT bool_or(rows_before)
         FROM {ledger}
-        WHERE destination = $1 AND table_oid = $2 AND table_filenode IS NOT DISTINCT FROM $3
+        WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
     ),
     EXISTS (
         SELECT FROM {ledger}
-        WHERE destination = $1 AND table_oid = $2 AND table_filenode IS NOT DISTINCT FROM $3
+        WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
             AND team_id = $4 AND interval_start < $6::text::timestamptz AND interval_end > $5::text::timestamptz
     ),
     EXISTS (SELECT FROM {table})
@@ -103,7 +103,7 @@ class Past:
     """What a table may hold already.
 
     Attributes:
-        rows_before: it had rows before this product first wrote to it (as it is now: a table that was truncated or made
+        rows_before: it had rows before pg_exports first wrote to it (as it is now: a table that was truncated or made
             anew is another one).
         may_hold_interval: rows of the interval may be there.
     """
@@ -118,7 +118,7 @@ def ensure(session: Session, schema: str) -> None:
 
 
 def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
-    """Create one of this product's own tables where it is missing.
+    """Create one of pg_exports' own tables where it is missing.
 
     Raises:
         DestinationError: the role may not create it, or not write the one that another role made; with the GRANT.
@@ -176,7 +176,7 @@ def past(session: Session, table: DestinationTable, team_id: int, interval: Inte
         sql,
         table.destination.table,
         table.oid,
-        table.filenode,
+        table.filenode or NO_FILE,
         team_id,
         interval.start,
         interval.end,
@@ -198,7 +198,9 @@ def record(
     run_id: str,
     started_at: datetime,
 ) -> None:
-    """Write the interval's row; a later run of the same interval replaces it."""
+    """Write the interval's row. A later run of the same interval replaces it, but not that of another team or of a table
+    that has gone: it may come back by RENAME, with its rows.
+    """
     session.execute(
         _RECORD.format(ledger=quoted(table.destination.schema, TABLE)),
         table.destination.table,
@@ -207,7 +209,7 @@ def record(
         interval.end,
         team_id,
         table.oid,
-        table.filenode,
+        table.filenode or NO_FILE,
         rows_before,
         counts.at_source,
         counts.inserted,

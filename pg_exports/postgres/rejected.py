@@ -1,6 +1,7 @@
 """Rejected rows: a table beside the destination keeps them with the reason, so that no row is dropped silently.
 
-It is written in the interval's transaction. A row that a later run of the interval could write gets a `resolved_at`.
+It is written in the interval's transaction. A row that a later run of the interval no longer rejects gets a
+`resolved_at`. Keys are JSON and not JSONB, which has no NUL: it may be what is wrong with them.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ CREATE TABLE IF NOT EXISTS {rejected} (
     interval_start timestamptz NOT NULL,
     interval_end timestamptz NOT NULL,
     row_hash text NOT NULL,
-    key jsonb NOT NULL,
+    key json NOT NULL,
     column_name text,
     reason text NOT NULL,
     row_as_it_was text NOT NULL,
@@ -43,7 +44,7 @@ INSERT INTO {rejected} (
     destination, export, interval_start, interval_end, row_hash, key, column_name, reason, row_as_it_was, run_id, rejected_at
 )
 VALUES (
-    $1, $2, $3::text::timestamptz, $4::text::timestamptz, md5($5), $6::text::jsonb, $7, $8, $5, $9, clock_timestamp()
+    $1, $2, $3::text::timestamptz, $4::text::timestamptz, md5($5), $6::text::json, $7, $8, $5, $9, clock_timestamp()
 )
 ON CONFLICT (destination, export, interval_start, interval_end, row_hash) DO UPDATE SET
     column_name = excluded.column_name,

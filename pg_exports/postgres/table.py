@@ -10,6 +10,9 @@ from pg_exports.postgres.identifiers import MAX_BYTES, quoted
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.types import DestinationColumn
 
+OWN_PREFIX = "pg_exports_"
+"""How the ledger, the rejected rows and staging tables are named."""
+
 CREATION_LOCK = "pg_exports: create tables"
 """What runs that want to create a table queue up behind: CREATE TABLE IF NOT EXISTS alone fails side by side."""
 
@@ -26,6 +29,10 @@ class Destination:
         for setting, name in (("database", self.database), ("schema", self.schema), ("table", self.table)):
             if name is not None:
                 _check_name(setting, name)
+        if self.table.startswith(OWN_PREFIX):
+            raise SettingsError(
+                f"`table` {self.table!r}: names that begin with {OWN_PREFIX} are for pg_exports' own tables."
+            )
 
     @property
     def qualified(self) -> str:
@@ -109,7 +116,9 @@ def create_statement(destination: Destination, model: Model) -> str:
 def create_if_missing(session: Session, statement: str, doing: str) -> None:
     """Run a CREATE TABLE IF NOT EXISTS in a transaction of its own, one run at a time."""
     with session.transaction():
-        session.execute("SELECT pg_advisory_xact_lock(hashtext($1))", CREATION_LOCK, doing=f"waiting to {doing}")
+        session.execute(
+            "SELECT pg_advisory_xact_lock(hashtext($1))", CREATION_LOCK, doing=f"waiting for another run before {doing}"
+        )
         session.execute(statement, doing=doing)
 
 
@@ -124,7 +133,7 @@ def check_may_create(session: Session, schema: str, what: str) -> None:
     )
     if not may_create:
         raise DestinationError(
-            f"The role {role} may not create {what}. Run as the schema's owner: "
+            f"The role {role} may not create {what}. Set the export's `schema`, or run as the schema's owner: "
             f"GRANT USAGE, CREATE ON SCHEMA {quoted(schema)} TO {quoted(str(role))};"
         )
 

@@ -65,6 +65,7 @@ def _up(sandbox: Sandbox | None, hours: int, events: int) -> int:
         sys.stderr.write(".env holds settings of your own. Move it away: the sandbox writes one for itself.\n")
         return 1
     if sandbox and sandbox.is_running:
+        _write_environment(sandbox)
         return 0
     if sandbox:
         servers.stop(sandbox)
@@ -73,9 +74,13 @@ def _up(sandbox: Sandbox | None, hours: int, events: int) -> int:
     source_tables.create_tables(sandbox.execute, SOURCE_DATABASE)
     sample_data.fill(sandbox.execute, SOURCE_DATABASE, end=end, hours=hours, events=events)
     (sandbox.folder / RANGE).write_text(f"{_key(end - hours * HOUR)}...{_key(end - HOUR)}")
+    _write_environment(sandbox)
+    return 0
+
+
+def _write_environment(sandbox: Sandbox) -> None:
     lines = [MARK, *(f"{name}='{value}'" for name, value in sandbox.environment().items())]
     servers.write_private(ENVIRONMENT, "\n".join(lines) + "\n")
-    return 0
 
 
 def _show(sandbox: Sandbox) -> int:

@@ -3,6 +3,7 @@
 The process lives on by itself: its folder holds the data, the log (`server.log`) and where it listens (`ready.json`).
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -74,7 +75,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, 
         if process.poll() is not None:
             raise ClickHouseStartError(f"ClickHouse ended with status {process.returncode}.\n{_end_of(log)}")
         if time.monotonic() > deadline:
-            stop(process.pid)
+            process.kill()
             raise ClickHouseStartError(f"ClickHouse did not answer within {timeout} seconds.\n{_end_of(log)}")
         time.sleep(0.05)
     where: dict[str, int] = json.loads(ready.read_text())
@@ -85,26 +86,31 @@ def _end_of(log: Path) -> str:
     return "\n".join([f"The end of {log}:", *log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]])
 
 
-def stop(pid: int, timeout: float = 10) -> None:
+def stop(server: ClickHouseServer, timeout: float = 10) -> None:
     """End the server: SIGTERM, and SIGKILL when it is still there after `timeout` seconds. No error when it is gone."""
     deadline = time.monotonic() + timeout
     number = signal.SIGTERM
-    while _is_running(pid):
-        os.kill(pid, number)
-        while _is_running(pid) and time.monotonic() < deadline:
+    while _is_running(server):
+        os.kill(server.pid, number)
+        while _is_running(server) and time.monotonic() < deadline:
             time.sleep(0.05)
         number = signal.SIGKILL
 
 
-def _is_running(pid: int) -> bool:
-    try:
-        # A child that has ended stays as a zombie until it is waited for; another's process cannot be waited for.
-        ended, _ = os.waitpid(pid, os.WNOHANG)
+def _is_running(server: ClickHouseServer) -> bool:
+    """Whether the process is there and ours: after a restart of the machine its number may be another's."""
+    with contextlib.suppress(ChildProcessError):
+        # A child that has ended stays as a zombie until it is waited for.
+        ended, _ = os.waitpid(server.pid, os.WNOHANG)
         return ended == 0
-    except ChildProcessError:
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return str(server.folder) in _command_line(server.pid)
+
+
+def _command_line(pid: int) -> str:
+    """The arguments of a process, separated by something; nothing where there is no such process."""
+    if Path("/proc/self/cmdline").exists():
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+        return ""
+    command = ["ps", "-p", str(pid), "-o", "args="]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

@@ -42,13 +42,8 @@ class PostgresServer:
     folder: Path
     log: Path
 
-    @property
-    def admin_uri(self) -> str:
-        """Connection string of the superuser, over the Unix socket in the cluster's private folder."""
-        return self.admin_uri_of("postgres")
-
     def admin_uri_of(self, database: str) -> str:
-        """Like `admin_uri`, for another database."""
+        """Connection string of the superuser, over the Unix socket in the cluster's private folder."""
         return f"host='{self.folder}' port={self.port} user={SUPERUSER} dbname='{database}'"
 
     def execute(self, *statements: str, database: str = "postgres") -> None:

@@ -19,7 +19,6 @@ EVENTS_A_BLOCK = 10
 EVENTS_A_STATEMENT = 1_000_000
 EVENTS_A_STRETCH = 500_000
 HOURS_FROM_EMPTY_TO_END = 7
-MICROSECONDS_AN_HOUR = 3_600_000_000
 # Visits that start in each hour of the day, UTC, relative to one another.
 DAILY_RHYTHM = (6, 5, 5, 5, 5, 6, 7, 9, 11, 12, 13, 13, 13, 13, 13, 13, 13, 13, 13, 13, 12, 11, 9, 7)
 MERGING_TABLES = ("events", "person", "person_distinct_id2", "raw_sessions")

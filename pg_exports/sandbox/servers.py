@@ -32,7 +32,7 @@ class Sandbox:
         folder: certificates, ClickHouse's data, and `sandbox.json`, from which `load` reads all this again.
         certificates: the authority that signed both servers' certificate for `localhost`.
         clickhouse: with a user who may do everything; the sample data is in the database `posthog`.
-        postgres: with the role `exporter`, who has DESIGN's narrow grants in the database `exports`, and no others.
+        postgres: with the role `exporter`, who has the narrow grants of the README in the database `exports`, and no others.
         password: of the role `exporter`.
         instance_password: of the role `dagster`.
     """
@@ -131,7 +131,7 @@ def start(folder: Path) -> Sandbox:
 
 def stop(sandbox: Sandbox) -> None:
     """Stop both servers and delete everything that they held."""
-    clickhouse_process.stop(sandbox.clickhouse.pid)
+    clickhouse_process.stop(sandbox.clickhouse)
     postgres_server.stop(sandbox.postgres)
     shutil.rmtree(sandbox.folder, ignore_errors=True)
 

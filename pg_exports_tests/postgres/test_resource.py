@@ -51,10 +51,16 @@ def refusal(resource: PostgresResource) -> str:
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"password": "not-this-one"}, "Check `user` and `password` (POSTGRES_USER, POSTGRES_PASSWORD)."),
+        (
+            {"password": "not-this-one"},
+            "Check the connection's `user` and `password` (for `postgres`: POSTGRES_USER, POSTGRES_PASSWORD).",
+        ),
         ({"password": ""}, "Set `password` (POSTGRES_PASSWORD)."),
         ({"password": "with a\0NUL"}, "`password` (POSTGRES_PASSWORD) holds a NUL"),
-        ({"user": "nobody_of_that_name"}, "Check `user` and `password` (POSTGRES_USER, POSTGRES_PASSWORD)."),
+        (
+            {"user": "nobody_of_that_name"},
+            "Check the connection's `user` and `password` (for `postgres`: POSTGRES_USER, POSTGRES_PASSWORD).",
+        ),
         ({"user": ""}, "`user` (POSTGRES_USER) is empty"),
         ({"user": "a\0b"}, "`user` (POSTGRES_USER) holds a NUL"),
         ({"database": "missing"}, "Check `database` (the export's, or POSTGRES_DATABASE)"),

@@ -40,7 +40,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
     server = start(folder / "server", user="exporter", password="secret", certificate=certificate, key=key)
     yield Running(server, ca_file)
-    stop(server.pid)
+    stop(server)
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +247,7 @@ def test_the_server_ends_quickly_with_an_open_stream_and_keeps_its_tables(tmp_pa
         client.insert("kept", [[1], [2]], column_names=["id"])
     open_stream = _request(server, "SELECT * FROM numbers(1000000000) FORMAT ArrowStream")
     started = time.monotonic()
-    stop(server.pid)
+    stop(server)
     assert time.monotonic() - started < 5
     open_stream.close()
     with socket.socket() as probe:
@@ -257,4 +257,4 @@ def test_the_server_ends_quickly_with_an_open_stream_and_keeps_its_tables(tmp_pa
         assert client.command("SELECT count() FROM kept") == 2
         with pytest.raises(ClickHouseStartError, match="has another process opened it"):
             start(tmp_path, user="default", password="", certificate=None, key=None)
-    stop(again.pid)
+    stop(again)
