@@ -36,7 +36,7 @@ PASSING_CODES = frozenset(
 _TRACE = "The query is in system.query_log, with the run's id in its log_comment."
 
 _REMEDIES = {
-    47: "A column is missing: the models read PostHog's own tables.",
+    47: "A column is missing: the models read PostHog's tables as PostHog makes them.",
     60: "A source table is missing: check the connection's `database` (CLICKHOUSE_DATABASE).",
     81: "Check the connection's `database` (CLICKHOUSE_DATABASE).",
     115: "Check the connection's `settings`.",

@@ -73,3 +73,15 @@ def test_a_text_that_is_too_long_and_a_number_that_is_too_great_have_no_faithful
     assert done.good["event"].to_list() == ["é" * 200]
     assert [bad.column for bad in done.bad] == ["event", "team_id"]
     assert "VARCHAR(200)" in done.bad[0].reason
+
+
+def test_a_nul_in_a_list_of_texts_is_repaired_in_its_place() -> None:
+    lists: list[list[str | None] | None] = [["a", "b\0c", None], None, [], ["d\0"], ["e"]]
+    frame = pl.DataFrame({"team_id": [1] * 5, "session_id": list("abcde"), "urls": lists})
+    urls = next(column for column in MODELS["sessions"].columns if column.name == "urls")
+    pairs = [(urls, DestinationColumn("urls", "_text", "text[]", None, False, False, False))]
+    done = sort_out(
+        frame, DestinationTable(Destination(None, "s", "sessions"), MODELS["sessions"], pairs, 1, 1), "repair"
+    )
+    assert done.good["urls"].to_list() == [["a", "b\ufffdc", None], None, [], ["d\ufffd"], ["e"]]
+    assert (done.repaired, done.bad) == (2, [])

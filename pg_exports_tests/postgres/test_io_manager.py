@@ -103,6 +103,26 @@ def test_another_teams_export_into_the_same_table_keeps_both_teams_rows(
     assert target.rows("SELECT team_id FROM events ORDER BY 1") == [(1,), (2,)]
 
 
+def test_an_export_that_changes_its_team_and_back_finds_its_rows_again(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour, team_id=2))
+    for team, counts in ((1, (1, 0, 0)), (2, (1, 0, 0)), (1, (0, 0, 1)), (2, (0, 0, 1))):
+        assert run(export_of("events", target, hour, team_id=team), partition_key(hour)).counts == counts
+
+
+def test_a_table_that_was_renamed_away_and_back_finds_its_rows_again(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour - HOUR))
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour - HOUR), partition_key(hour)).counts == (2, 0, 0)
+    target.execute("ALTER TABLE events RENAME TO kept")
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+    target.execute("DROP TABLE events", "ALTER TABLE kept RENAME TO events")
+    assert run(export, partition_key(hour)).counts == (0, 0, 1)
+
+
 def test_an_empty_interval_succeeds_and_stands_in_the_ledger(target: Target, run: RunExport, hour: datetime) -> None:
     assert run(export_of("events", target, hour), partition_key(hour)).counts == (0, 0, 0)
     assert target.rows("SELECT destination, export, rows_at_source FROM pg_exports_ledger") == [("events", "events", 0)]
@@ -204,6 +224,38 @@ def test_rows_that_postgres_cannot_hold_are_repaired_or_set_aside_and_the_others
     assert aside[2][1] == "event"
     assert all(row[2] and row[3] for row in aside)
     assert target.rows("SELECT rows_repaired, rows_rejected FROM pg_exports_ledger") == [(1, 3)]
+
+
+def test_a_rejected_row_is_kept_as_it_was_even_with_a_nul_in_its_key(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    nul = event(hour, distinct_id="a\0b", event="x" * 201, properties=r'{"a": "\u0000"}')
+    source.insert("events", nul, event(hour))
+    source.insert("person", person(hour, uuid.UUID(int=1), 1))
+    for distinct_id in ("a\0b", "x" * 2_700, "good"):
+        source.insert("person_distinct_id2", mapping(hour, distinct_id, uuid.UUID(int=1)))
+    assert run(export_of("events", target, hour), partition_key(hour)).counts == (1, 0, 0)
+    assert run(export_of("persons", target, hour), partition_key(hour)).counts == (1, 0, 0)
+    kept = target.rows(
+        "SELECT export, row_as_it_was, reason FROM pg_exports_rejected ORDER BY export, length(row_as_it_was)"
+    )
+    assert [row[0] for row in kept] == ["events", "persons", "persons"]
+    assert json.loads(kept[0][1])["distinct_id"] == "a\0b"
+    assert json.loads(kept[0][1])["properties"] == nul["properties"]
+    assert json.loads(kept[1][1])["distinct_id"] == "a\0b"
+    assert "longer than" in kept[2][2]
+
+
+def test_many_bad_rows_among_many_good_ones_hold_nothing_up(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    good, bad = '{"a": 1}', '{"a": NaN}'
+    source.insert("events", *(event(hour, properties=bad if n % 7 == 0 or n > 2_900 else good) for n in range(3_000)))
+    done = run(export_of("events", target, hour), partition_key(hour))
+    rejected = sum(1 for n in range(3_000) if n % 7 == 0 or n > 2_900)
+    assert done.counts == (3_000 - rejected, 0, 0)
+    assert target.count("pg_exports_rejected") == rejected
+    assert target.rows("SELECT count(*), count(DISTINCT uuid) FROM events") == [(3_000 - rejected,) * 2]
 
 
 def test_a_rejected_row_lands_once_its_cause_is_mended(

@@ -166,6 +166,11 @@ def test_an_append_model_does_without_update(target: Target) -> None:
     assert load(target, EVENTS, event(1), event(2), staged=True) == Merged(1, 0)
 
 
+def test_the_names_of_pg_exports_own_tables_are_not_for_destinations() -> None:
+    with pytest.raises(SettingsError, match="names that begin with pg_exports_"):
+        Destination(None, "public", "pg_exports_ledger")
+
+
 def test_a_name_that_something_else_has_is_refused(target: Target) -> None:
     target.execute(
         "CREATE VIEW a_view AS SELECT 'a'::text AS uuid",
