@@ -135,9 +135,9 @@ def _repaired_escape(escape: re.Match[str]) -> str:
 
 def _too_long_keys(frame: pl.DataFrame, table: DestinationTable) -> dict[int, tuple[str, str]]:
     """Rows of a merge whose key is longer than the primary key's index can hold."""
-    if not table.model.merge:
-        return {}
     texts = [name for name in table.model.key if frame.schema[name] == pl.String]
+    if not (table.model.merge and texts):
+        return {}
     size = frame.select(pl.sum_horizontal(pl.col(name).str.len_bytes() for name in texts)).to_series()
     reason = f"The key is longer than {KEY_BYTES} bytes, more than an index of Postgres holds."
     return dict.fromkeys((size > KEY_BYTES).arg_true(), (texts[0], reason))
