@@ -9,7 +9,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal, Self, cast
@@ -27,11 +27,14 @@ from pydantic import (
     model_validator,
 )
 
+from pg_exports import late_events, reconciliation
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.errors import SettingsError
+from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Deduplicate, Interval, IntervalFrames, OnBadRows
 from pg_exports.models import MODELS, Model, Query, Selection
-from pg_exports.partitions import Grid, IntervalLength, intervals, unsettled
+from pg_exports.models.model import moment
+from pg_exports.partitions import Grid, IntervalLength, intervals, recent, unsettled
 from pg_exports.postgres import PostgresIOManager, PostgresResource
 from pg_exports.postgres import io_manager as io
 from pg_exports.postgres.table import Destination
@@ -39,12 +42,26 @@ from pg_exports.postgres.tls import SYSTEM, VerifyServerIdentity
 
 OWNER = "team:pg_exports"
 
+RETRIES = dg.RetryPolicy(max_retries=5, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""After a passing error a run tries again, up to five times in about a minute; after any other one it fails at once."""
+
 _VARIABLE = re.compile(r"\{\{\s*env\.(\w+)\s*\}\}")
 
 
 def _as_written(context: dg.ResolutionContext, value: Any) -> Any:
     """A YAML value with its templates filled in; reading it is the field's own business."""
     return context.resolve_value(value)
+
+
+class RunConfig(dg.Config):
+    """What a run of an export can be told.
+
+    Attributes:
+        replay: ask the table itself which of the intervals' rows it lacks, and send those. For rows that were deleted by
+            hand: what earlier runs recorded does not know of it. (Merged models are always compared with the table.)
+    """
+
+    replay: bool = False
 
 
 class InlineConnection(dg.Resolvable, BaseModel):
@@ -241,7 +258,9 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         return Destination(self.database, self.destination_schema, table)
 
     def build_defs(self, context: dg.ComponentLoadContext | None) -> dg.Definitions:
-        """The export's asset, job and schedule. The context is not used: None will do.
+        """The export's asset, job and schedule, and for events the sensor that finds late ones.
+
+        The context is not used: None will do.
 
         Raises:
             SettingsError: the settings contradict each other; with the export's name.
@@ -251,13 +270,15 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         except SettingsError as error:
             raise SettingsError(f"Export {self.key}: {error}") from None
         job = dg.define_asset_job(f"{self.key}_job", selection=[asset], description=f"Exports {self.key}.")
-        return dg.Definitions(assets=[asset], jobs=[job], schedules=[self._schedule(asset, job)])
+        model = MODELS[self.exported_model]
+        sensors = [self._late_events_sensor(model, asset, job)] if model.fingerprints else []
+        return dg.Definitions(assets=[asset], jobs=[job], schedules=[self._schedule(asset, job)], sensors=sensors)
 
     def _asset(self) -> dg.AssetsDefinition:
         model = MODELS[self.exported_model]
         partitions = self._grid().partitions(self.start)
 
-        def export(context: dg.AssetExecutionContext, clickhouse: ClickHouseResource) -> IntervalFrames:
+        def export(context: dg.AssetExecutionContext, config: RunConfig, clickhouse: ClickHouseResource) -> Any:
             if not (context.has_partition_key or context.has_partition_key_range):
                 raise SettingsError(
                     f"Export {self.key} is partitioned, and this run names no partition. Give it one: "
@@ -269,7 +290,9 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             if wait > 0:
                 context.log.info(f"Waiting {wait:.0f} s: {asked[-1]} ended less than a minute ago.")
                 time.sleep(wait)
-            return self._frames(context, clickhouse, model, asked)
+            frames = self._frames(context, clickhouse, model, asked, replay=config.replay)
+            yield dg.Output(frames)
+            yield reconciliation.result(frames.written)
 
         with warnings.catch_warnings():
             # Dagster calls backfill policies and an asset's own IO manager beta; a user can do nothing about it.
@@ -283,6 +306,8 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
                 partitions_def=partitions,
                 backfill_policy=dg.BackfillPolicy.single_run(),
                 pool=self._connection_key(),
+                retry_policy=RETRIES,
+                check_specs=[reconciliation.spec(self.key)],
                 metadata=self._metadata(model),
                 **self._io_manager(),
             )(export)
@@ -294,22 +319,33 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         clickhouse: ClickHouseResource,
         model: Model,
         asked: tuple[Interval, ...],
+        *,
+        replay: bool,
     ) -> IntervalFrames:
-        query_of = model.query
-        if model.dictionary and model.query_without_dictionary and not clickhouse.has_dictionary(model.dictionary):
-            query_of = model.query_without_dictionary
-            context.log.warning(
-                f"The dictionary {model.dictionary} is not in ClickHouse's database {clickhouse.database}, or not to be "
-                "seen by this user: the columns that need it are NULL."
-            )
+        def comment(interval: Interval | None = None) -> str:
+            named = {"partition": interval.partition_key} if interval else {}
+            return json.dumps({"run_id": context.run_id, "export": self.key, **named})
 
-        def query(interval: Interval) -> Query:
-            include, exclude = tuple(self.include_events), tuple(self.exclude_events)
-            return query_of(Selection(self.team_id, interval.start, interval.end, include, exclude))
+        # Asked for when the first interval is read: a failure is the IO manager's then, who knows what is written already.
+        @functools.cache
+        def query_of() -> Callable[[Selection], Query]:
+            needed, without = model.dictionary, model.query_without_dictionary
+            if not (needed and without) or clickhouse.has_dictionary(needed, log_comment=comment()):
+                return model.query
+            context.log.warning(
+                f"The dictionary {needed} is not in ClickHouse's database {clickhouse.database}, or not to be seen by this "
+                "user: the columns that need it are NULL."
+            )
+            return without
 
         def read(interval: Interval) -> AbstractContextManager[Any]:
-            comment = {"run_id": context.run_id, "export": self.key, "partition": interval.partition_key}
-            return clickhouse.frames(query(interval), model, log_comment=json.dumps(comment))
+            query = query_of()(self._selection(interval))
+            return clickhouse.frames(query, model, log_comment=comment(interval))
+
+        def fingerprint(interval: Interval) -> Fingerprint:
+            return self._fingerprints(clickhouse, model, [interval], comment(interval)).get(
+                interval.start, Fingerprint()
+            )
 
         return IntervalFrames(
             export=self.key,
@@ -317,10 +353,28 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             team_id=self.team_id,
             intervals=asked,
             read=read,
-            sql=lambda interval: query(interval).for_console(),
+            fingerprint=fingerprint if model.fingerprints else None,
+            sql=lambda interval: query_of()(self._selection(interval)).for_console(),
             on_bad_rows=self.on_bad_rows,
             deduplicate=self.deduplicate,
+            replay=replay,
         )
+
+    def _fingerprints(
+        self, clickhouse: ClickHouseResource, model: Model, span: Sequence[Interval], log_comment: str
+    ) -> dict[datetime, Fingerprint]:
+        """The fingerprints of intervals that follow each other, by their starts; of those that have rows."""
+        assert model.fingerprints
+        whole = Interval("", span[0].start, span[-1].end)
+        query = model.fingerprints(self._selection(whole), [interval.start for interval in span])
+        return {
+            moment(start): Fingerprint(rows, xor, total)
+            for start, rows, xor, total in clickhouse.rows(query, log_comment=log_comment)
+        }
+
+    def _selection(self, interval: Interval) -> Selection:
+        include, exclude = tuple(self.include_events), tuple(self.exclude_events)
+        return Selection(self.team_id, interval.start, interval.end, include, exclude)
 
     def _schedule(self, asset: dg.AssetsDefinition, job: Any) -> dg.ScheduleDefinition:
         partitions = asset.partitions_def
@@ -342,6 +396,38 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             return dg.RunRequest(partition_key=key)
 
         return newest_interval
+
+    def _late_events_sensor(self, model: Model, asset: dg.AssetsDefinition, job: Any) -> dg.SensorDefinition:
+        partitions = cast("dg.TimeWindowPartitionsDefinition", asset.partitions_def)
+        io_manager = self._io_manager().get("io_manager_key")
+
+        @dg.sensor(
+            name=f"{self.key}_late_events",
+            job=job,
+            minimum_interval_seconds=late_events.SECONDS_BETWEEN[self.interval],
+            default_status=dg.DefaultSensorStatus.STOPPED if self.paused else dg.DefaultSensorStatus.RUNNING,
+            required_resource_keys={"clickhouse", *([io_manager] if io_manager else [])},
+            description=f"Exports the intervals of {self.key} again that gained events after they had run.",
+        )
+        def find_late_events(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
+            now = datetime.now(UTC)
+            latest = recent(partitions, late_events.INTERVALS, now)
+            if not latest:
+                return dg.SkipReason("No interval is over yet.")
+            postgres = (
+                getattr(context.resources, io_manager).postgres
+                if io_manager
+                else cast("InlineConnection", self.connection).resource(self.database or "")
+            )
+            span = Interval("", latest[0].start, latest[-1].end)
+            exported = late_events.exported(postgres, self.destination, model, self.key, self.team_id, span)
+            if not exported:
+                return late_events.requests(self.key, latest, exported, {}, now)
+            comment = json.dumps({"sensor": context.sensor_name, "export": self.key})
+            at_source = self._fingerprints(context.resources.clickhouse, model, latest, comment)
+            return late_events.requests(self.key, latest, exported, at_source, now)
+
+        return find_late_events
 
     def _grid(self) -> Grid:
         return Grid(self.interval, self.timezone, self.offset_hour, self.offset_day)

@@ -1,13 +1,14 @@
-"""Intervals, and what an export's asset hands to its IO manager: the frames of each interval, opened one at a time."""
+"""Intervals, what an export's asset hands to its IO manager, and what became of an interval's rows."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
 
 import polars as pl
 
+from pg_exports.fingerprint import Fingerprint
 from pg_exports.models import Model
 
 
@@ -31,13 +32,47 @@ Deduplicate = Literal["interval", "table"]
 
 
 @dataclass(frozen=True)
+class Counts:
+    """What became of an interval's rows, and their size as Arrow in bytes.
+
+    Each row at the source was inserted, or replaced an older one (updated), or was there already (unchanged), or was
+    rejected; if it is none of these, it is missing. Some of those that landed were repaired.
+    """
+
+    at_source: int
+    inserted: int
+    updated: int
+    unchanged: int
+    repaired: int
+    rejected: int
+    missing: int
+    bytes: int
+
+    def __str__(self) -> str:
+        said = (
+            f"{self.at_source} rows at the source, {self.inserted} inserted, {self.updated} updated, "
+            f"{self.unchanged} unchanged, {self.repaired} repaired, {self.rejected} rejected"
+        )
+        return f"{said}, {self.missing} missing" if self.missing else said
+
+
+@dataclass(frozen=True)
 class IntervalFrames:
     """What an export's asset returns: its intervals, oldest first, and how to read one of them.
 
-    It is no generator (Dagster would iterate it as events), and nothing is read before `read` is entered. `read` gives
-    frames with the model's columns; it raises where an interval cannot be read to its end. `sql` is the query of an
-    interval, to be pasted into a console. `on_bad_rows` says what becomes of rows that Postgres cannot
-    hold, `deduplicate` whether an appended row may land once in each interval or once in the whole table.
+    It is no generator (Dagster would iterate it as events), and nothing is read before `read` is entered.
+
+    Attributes:
+        export: the export's name.
+        model, team_id: what is exported.
+        intervals: oldest first.
+        read: gives frames with the model's columns; it raises where an interval cannot be read to its end.
+        fingerprint: gives that of an interval at the source now; None for a model whose rows are merged.
+        sql: the query of an interval, to be pasted into a console.
+        on_bad_rows: what becomes of rows that Postgres cannot hold.
+        deduplicate: whether an appended row may land once in each interval or once in the whole table.
+        replay: to ask the table itself which rows it lacks, instead of what earlier runs recorded.
+        written: what became of each interval; the IO manager adds them.
     """
 
     export: str
@@ -45,6 +80,9 @@ class IntervalFrames:
     team_id: int
     intervals: tuple[Interval, ...]
     read: Callable[[Interval], AbstractContextManager[Iterator[pl.DataFrame]]]
+    fingerprint: Callable[[Interval], Fingerprint] | None
     sql: Callable[[Interval], str]
     on_bad_rows: OnBadRows
     deduplicate: Deduplicate
+    replay: bool = False
+    written: dict[Interval, Counts] = field(default_factory=dict)

@@ -137,6 +137,18 @@ def intervals(
     return tuple(_interval(key, partitions.time_window_for_partition_key(key)) for key in (first, *others))
 
 
+def recent(partitions: dg.TimeWindowPartitionsDefinition, count: int, now: datetime) -> tuple[Interval, ...]:
+    """The latest intervals that are over, in UTC, oldest first."""
+    found: list[Interval] = []
+    with dg.partition_loading_context(effective_dt=now):
+        window = partitions.get_last_partition_window()
+    while window is not None and len(found) < count:
+        key = partitions.get_partition_key_for_timestamp(window.start.timestamp())
+        found.append(_interval(key, window))
+        window = partitions.get_prev_partition_window(window.start)
+    return tuple(reversed(found))
+
+
 def unsettled(asked: tuple[Interval, ...], now: datetime) -> timedelta:
     """How long to wait until the last of a run's intervals has settled; zero or less for one that has."""
     return asked[-1].end + SETTLING - now

@@ -13,7 +13,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource
+from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource, export
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox, postgres_server, sample_data, servers, source_tables
 from pg_exports.sandbox.certificates import HOST
@@ -30,6 +30,12 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     running = servers.start(tmp_path_factory.mktemp("sandbox") / "servers")
     yield running
     servers.stop(running)
+
+
+@pytest.fixture(autouse=True)
+def retries_without_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tries as ever, with a tenth of a second between them."""
+    monkeypatch.setattr(export, "RETRIES", dg.RetryPolicy(max_retries=export.RETRIES.max_retries, delay=0.1))
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,16 @@ class Source:
         """Insert rows that have the same columns."""
         with self.sandbox.clickhouse_client(self.database) as client:
             client.insert(table, [list(row.values()) for row in rows], column_names=list(rows[0]))
+
+    def columns_read(self, export: str) -> list[set[str]]:
+        """The columns that each query of an export has read, oldest first, from ClickHouse's own log."""
+        self.execute("SYSTEM FLUSH LOGS")
+        rows = self.rows(
+            "SELECT columns FROM system.query_log WHERE type = 'QueryFinish' AND has(databases, {database:String})"
+            " AND JSONExtractString(log_comment, 'export') = {export:String} ORDER BY event_time_microseconds",
+            {"database": self.database, "export": export},
+        )
+        return [{str(column).rpartition(".")[2] for column in columns} for (columns,) in rows]
 
     def resource(self, **changes: Any) -> ClickHouseResource:
         """The connection of an export to this database, over HTTPS with the certificate verified."""
@@ -153,6 +169,27 @@ class Run:
     error: str | None
     metadata: dict[str, dict[str, Any]] = field(repr=False)
     log: list[str] = field(repr=False)
+    events: list[dg.DagsterEvent] = field(repr=False)
+
+    @property
+    def tries(self) -> int:
+        """How often the export was tried."""
+        return 1 + sum(event.event_type is dg.DagsterEventType.STEP_UP_FOR_RETRY for event in self.events)
+
+    @property
+    def shown(self) -> list[str]:
+        """The partitions that Dagster shows as materialised by the run, once for each event that says so."""
+        return [str(event.partition) for event in self.events if event.is_step_materialization]
+
+    @property
+    def reconciliation(self) -> dg.AssetCheckEvaluation:
+        """What the export's own check said."""
+        [evaluation] = [
+            event.asset_check_evaluation_data
+            for event in self.events
+            if event.event_type is dg.DagsterEventType.ASSET_CHECK_EVALUATION
+        ]
+        return evaluation
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -177,6 +214,7 @@ def materialise(
     last: str | None = None,
     *,
     downstream: Sequence[dg.AssetsDefinition] = (),
+    run_config: Mapping[str, Any] | None = None,
 ) -> Run:
     """Run an export for one partition, or for a range in one run, in this process."""
     resources = {
@@ -189,7 +227,11 @@ def materialise(
     tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if last else {}
     with dg.DagsterInstance.ephemeral() as instance:
         result = job.execute_in_process(
-            instance=instance, partition_key=None if last else first, tags=tags, raise_on_error=False
+            run_config=run_config,
+            instance=instance,
+            partition_key=None if last else first,
+            tags=tags,
+            raise_on_error=False,
         )
         log = [entry.user_message for entry in instance.all_logs(result.run_id)]
     metadata = {
@@ -200,7 +242,7 @@ def materialise(
         if event.is_step_materialization
     }
     failures = [event.step_failure_data for event in result.all_events if event.is_step_failure]
-    return Run(_text(failures[0]) if failures else None, metadata, log)
+    return Run(_text(failures[0]) if failures else None, metadata, log, result.all_events)
 
 
 def _text(failure: Any) -> str:

@@ -6,10 +6,12 @@ or with anything behind it, rows are missing.
 
 import re
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Iterator
+from typing import Protocol, TypeAlias
 
 import pyarrow as pa
+
+from pg_exports.models import AS_READ, as_read
 
 END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 """Continuation marker and a message of length 0 (Arrow columnar format, "IPC streaming format")."""
@@ -41,15 +43,6 @@ class TruncatedStreamError(Exception):
         super().__init__(text or "the answer ended before its end-of-stream marker")
         self.text = text
         self.code = code
-
-
-class InvalidTextError(Exception):
-    """A text is no UTF-8. `column` is where it stands, `row` the row's other values."""
-
-    def __init__(self, column: str, row: Mapping[str, object]) -> None:
-        super().__init__(f"{column} holds a text that is no UTF-8")
-        self.column = column
-        self.row = row
 
 
 class _Tail:
@@ -84,18 +77,19 @@ class _Tail:
 
 
 def batches(source: ByteSource) -> Iterator[pa.RecordBatch]:
-    """The record batches of an Arrow stream, each with its text checked to be UTF-8.
+    """The record batches of an Arrow stream, with text that is UTF-8 (Polars would take any bytes, and panic later).
+
+    Each wrong sequence of bytes is U+FFFD, as Python and Unicode count them. A batch that had any has a column more,
+    `AS_READ`, with what the texts were.
 
     Raises:
         TruncatedStreamError: the stream did not end with its marker, or something came after it.
-        InvalidTextError: a text is no UTF-8 (Polars would take it and panic later).
     """
     tail = _Tail(source)
     try:
         reader = pa.ipc.open_stream(tail)
         while (batch := _next(reader, tail)) is not None:
-            _check_text(batch)
-            yield batch
+            yield _with_valid_text(batch)
     except (pa.ArrowInvalid, OSError) as error:
         raise _truncated(tail) from error
     if not tail.last_bytes.endswith(END_OF_STREAM) or tail.read(1):
@@ -110,13 +104,33 @@ def _next(reader: pa.RecordBatchReader, tail: _Tail) -> pa.RecordBatch | None:
         return None
 
 
-def _check_text(batch: pa.RecordBatch) -> None:
-    for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if not _is_valid(column):
-            index = next(index for index in range(len(column)) if not _is_valid(column.slice(index, 1)))
-            row = batch.slice(index, 1)
-            others = {other: row[other] for other in batch.schema.names if _is_valid(row[other])}
-            raise InvalidTextError(name, {other: values[0].as_py() for other, values in others.items()})
+def _with_valid_text(batch: pa.RecordBatch) -> pa.RecordBatch:
+    originals: dict[int, dict[str, object]] = {}
+    for index, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
+        if _is_valid(column):
+            continue
+        is_list = pa.types.is_list(column.type)
+        values = column.cast(pa.list_(pa.large_binary()) if is_list else pa.large_binary()).to_pylist()
+        texts = [_decoded(value, "replace") for value in values]
+        for row, (value, text) in enumerate(zip(values, texts, strict=True)):
+            original = _decoded(value, "surrogateescape")
+            if original != text:
+                originals.setdefault(row, {})[name] = original
+        valid = pa.array(texts, pa.list_(pa.large_string()) if is_list else pa.large_string())
+        batch = batch.set_column(index, name, valid)
+    if not originals:
+        return batch
+    return batch.append_column(AS_READ, as_read.column(originals, batch.num_rows).to_arrow())
+
+
+_Bytes: TypeAlias = bytes | list["_Bytes"] | None
+_Text: TypeAlias = str | list["_Text"] | None
+
+
+def _decoded(value: _Bytes, errors: str) -> _Text:
+    if isinstance(value, list):
+        return [_decoded(item, errors) for item in value]
+    return None if value is None else value.decode(errors=errors)
 
 
 def _is_valid(column: pa.Array) -> bool:

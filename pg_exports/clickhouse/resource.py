@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 
 from pg_exports.clickhouse import arrow, errors
 from pg_exports.errors import PassingError, SettingsError, SourceError
-from pg_exports.models import FRAME_TYPES, Model, Query
+from pg_exports.models import FRAME_TYPES, IDENTITY, Column, Model, Query, as_read
 
 CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made."""
@@ -80,7 +80,8 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
     @contextlib.contextmanager
     def frames(self, query: Query, model: Model, *, log_comment: str) -> Iterator[Iterator[pl.DataFrame]]:
-        """Stream a model's rows: frames with exactly the model's columns, in the types of `FRAME_TYPES`.
+        """Stream a model's rows: frames with exactly the model's columns, in the types of `FRAME_TYPES`, and those beside
+        them: `IDENTITY` for a model with fingerprints, `AS_READ` where a value is one that a frame cannot hold.
 
         Memory is a few blocks of ClickHouse's, whatever the size of the answer.
 
@@ -91,7 +92,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
         Raises:
             SettingsError: the address or the authority cannot be one.
-            SourceError: ClickHouse refused, or a value does not fit its column.
+            SourceError: ClickHouse refused, or its answer has not the model's columns.
             PassingError: it did not answer, or the answer broke off before its end.
         """
         with contextlib.ExitStack() as opened:
@@ -102,14 +103,22 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             opened.enter_context(contextlib.closing(cast("Answer", answer)))
             yield self._frames(_Body(cast("Answer", answer)), model)
 
-    def has_dictionary(self, name: str) -> bool:
+    def rows(self, query: Query, *, log_comment: str) -> list[tuple[Any, ...]]:
+        """The rows of a query with a small answer. Arguments and errors as those of `frames`."""
+        settings = {**_WHOLE_ANSWERS, "log_comment": log_comment}
+        with self._explained(), contextlib.closing(self._client()) as client:
+            return [
+                tuple(row) for row in client.query(query.sql, dict(query.parameters), settings=settings).result_rows
+            ]
+
+    def has_dictionary(self, name: str, *, log_comment: str = "") -> bool:
         """Whether the database has a dictionary that this user may see.
 
         Raises: as `frames`.
         """
         sql = "SELECT count() FROM system.dictionaries WHERE database = currentDatabase() AND name = {name:String}"
-        with self._explained(), contextlib.closing(self._client()) as client:
-            return bool(client.query(sql, {"name": name}).result_rows[0][0])
+        [(found,)] = self.rows(Query(sql, {"name": name}), log_comment=log_comment)
+        return bool(found)
 
     def _client(self) -> Client:
         self._check_address()
@@ -152,15 +161,8 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
     def _frames(self, answer: arrow.ByteSource, model: Model) -> Iterator[pl.DataFrame]:
         with self._explained():
-            try:
-                for batch in arrow.batches(answer):
-                    yield _conformed(model.finish(pl.DataFrame(pl.from_arrow(batch))), model)
-            except arrow.InvalidTextError as error:
-                row = ", ".join(f"{name} = {error.row[name]!r}" for name in model.key if name in error.row)
-                raise SourceError(
-                    f"Column {error.column} of {model.name} in ClickHouse at {self.address} holds a text that is no UTF-8, "
-                    f"in the row with {row}. Mend the row there: toValidUTF8 gives a text without the wrong bytes."
-                ) from None
+            for batch in arrow.batches(answer):
+                yield _conformed(model.finish(pl.DataFrame(pl.from_arrow(batch))), model)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -195,12 +197,31 @@ class _Body:
 
 
 def _conformed(frame: pl.DataFrame, model: Model) -> pl.DataFrame:
-    """The model's columns, each in its kind's type.
+    """The model's columns, each in its kind's type, `IDENTITY` for a model with fingerprints, and `AS_READ` where needed.
+
+    A whole number past 64 bits is NULL, with its digits in `AS_READ`.
 
     Raises:
-        SourceError: a whole number is too great for 64 bits, or the answer lacks a column.
+        SourceError: the answer lacks a column, or has one of another kind.
     """
     try:
-        return frame.select(pl.col(column.name).cast(FRAME_TYPES[column.kind]) for column in model.columns)
+        columns = [_cast(frame.schema.get(column.name), column) for column in model.columns]
+        others = [pl.col(IDENTITY).cast(pl.UInt64)] if model.fingerprints else []
+        originals = as_read.originals(frame)
+        conformed = frame.select(*columns, *others)
+        for column in model.columns:
+            if frame.schema[column.name] in _WIDER:
+                lost = (conformed[column.name].is_null() & frame[column.name].is_not_null()).arg_true()
+                for row, number in zip(lost, frame[column.name].gather(lost), strict=True):
+                    originals.setdefault(row, {})[column.name] = number
+        return as_read.with_originals(conformed, originals) if originals else conformed
     except pl.exceptions.PolarsError as error:
         raise SourceError(f"What ClickHouse answers for {model.name} does not fit its columns: {error}") from None
+
+
+_WIDER = (pl.UInt64(), pl.Int128(), pl.UInt128())
+"""Types of whole numbers that may be past `Kind.INTEGER`'s 64 bits."""
+
+
+def _cast(dtype: pl.DataType | None, column: Column) -> pl.Expr:
+    return pl.col(column.name).cast(FRAME_TYPES[column.kind], strict=dtype not in _WIDER)

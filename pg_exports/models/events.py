@@ -5,10 +5,25 @@ the quoted key stands once in the document, at the top level, without escapes, a
 query marks every other document as a suspect, and `finish` reads its text exactly.
 """
 
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+
 import polars as pl
 
+from pg_exports.models import as_read as as_reads
 from pg_exports.models import json_text
-from pg_exports.models.model import Model, Query, Selection, integer, jsonb, text, timestamptz, varchar
+from pg_exports.models.model import (
+    Model,
+    Query,
+    Selection,
+    integer,
+    jsonb,
+    microseconds,
+    text,
+    timestamptz,
+    varchar,
+)
 
 # A key may be written with \uXXXX escapes of its letters; none of the searches below would see it.
 _ESCAPED_LETTERS = ", ".join(
@@ -31,6 +46,14 @@ def _certain(key: str, raw: str) -> str:
 def _raw(key: str) -> str:
     return f"trim(BOTH ' \\t\\r\\n' FROM simpleJSONExtractRaw(e.properties, '{key}'))"
 
+
+_IDENTITY = "cityHash64(e.event, cityHash64(e.distinct_id), cityHash64(e.uuid))"
+
+_FROM = """FROM events AS e
+WHERE e.team_id = {team_id:Int64}
+    AND coalesce(e.inserted_at, e._timestamp) >= {interval_start:DateTime64(6, 'UTC')}
+    AND coalesce(e.inserted_at, e._timestamp) < {interval_end:DateTime64(6, 'UTC')}
+    __EVENT_FILTERS__"""
 
 # One row of a ReplacingMergeTree that holds an event twice: the same identity as the table's own sort key.
 SQL = f"""
@@ -55,6 +78,7 @@ SELECT
     e.elements_chain AS elements_chain,
     e.created_at AS created_at,
     toDateTime64(coalesce(e.inserted_at, e._timestamp), 6, 'UTC') AS inserted_at,
+    {_IDENTITY} AS identity,
     NOT (
         {_certain("$set", "raw_set")}
         AND {_certain("$set_once", "raw_set_once")}
@@ -62,39 +86,78 @@ SELECT
         AND NOT multiSearchAny(e.properties, [{_ESCAPED_LETTERS}])
         AND position(raw_ip, '\\\\') = 0
     ) AS suspect
-FROM events AS e
-WHERE e.team_id = {{team_id:Int64}}
-    AND coalesce(e.inserted_at, e._timestamp) >= {{interval_start:DateTime64(6, 'UTC')}}
-    AND coalesce(e.inserted_at, e._timestamp) < {{interval_end:DateTime64(6, 'UTC')}}
-    __EVENT_FILTERS__
+{_FROM}
 LIMIT 1 BY e.team_id, e.event, cityHash64(e.distinct_id), cityHash64(e.uuid)
+"""
+
+# Distinct, as a merge of the table's parts drops repeated rows and must not change a fingerprint.
+FINGERPRINTS_SQL = f"""
+SELECT interval_start, count() AS rows, groupBitXor(identity) AS identity_xor, sumWithOverflow(identity) AS identity_sum
+FROM (
+    SELECT DISTINCT
+        roundDown(
+            toUnixTimestamp64Micro(toDateTime64(coalesce(e.inserted_at, e._timestamp), 6, 'UTC')),
+            {{boundaries:Array(Int64)}}
+        ) AS interval_start,
+        {_IDENTITY} AS identity
+    {_FROM}
+)
+GROUP BY interval_start
 """
 
 
 def query(selection: Selection) -> Query:
     """Events that ClickHouse received in the interval, each identity once."""
-    filters, parameters = [], selection.parameters
+    return _query(SQL, selection, {})
+
+
+def fingerprints(selection: Selection, starts: Sequence[datetime]) -> Query:
+    """The fingerprint of each of the intervals that the selection consists of, in one query.
+
+    Args:
+        selection: from the first interval's start to the last one's end.
+        starts: the beginning of each interval, ascending.
+    """
+    return _query(FINGERPRINTS_SQL, selection, {"boundaries": [microseconds(start) for start in starts]})
+
+
+def _query(sql: str, selection: Selection, more: Mapping[str, object]) -> Query:
+    filters, parameters = [], {**selection.parameters, **more}
     if selection.include_events:
         filters.append("AND e.event IN {include_events:Array(String)}")
         parameters["include_events"] = list(selection.include_events)
     if selection.exclude_events:
         filters.append("AND e.event NOT IN {exclude_events:Array(String)}")
         parameters["exclude_events"] = list(selection.exclude_events)
-    return Query(SQL.replace("    __EVENT_FILTERS__\n", "".join(f"    {line}\n" for line in filters)), parameters)
+    return Query(re.sub(r"\n *__EVENT_FILTERS__", "".join(f"\n    {line}" for line in filters), sql), parameters)
 
 
 def finish(frame: pl.DataFrame) -> pl.DataFrame:
     """Read `$set`, `$set_once` and `$ip` of the suspect documents from their text; drop the mark."""
     suspects = frame["suspect"].cast(pl.Boolean)
+    frame = frame.drop("suspect")
     if not suspects.any():
-        return frame.drop("suspect")
-    rows = suspects.arg_true()
-    exact = pl.DataFrame(
-        [_set_values(document or "") for document in frame["properties"].gather(rows)],
-        schema={"set": pl.String, "set_once": pl.String, "ip": pl.String},
-        orient="row",
-    )
-    return frame.drop("suspect").with_columns(frame[name].scatter(rows, exact[name]) for name in exact.columns)
+        return frame
+    rows = suspects.arg_true().to_list()
+    as_read = as_reads.originals(frame)
+    values: list[tuple[str | None, ...]] = []
+    for row, document in zip(rows, frame["properties"].gather(rows), strict=True):
+        fitting = _set_values(document or "")
+        values.append(tuple(value and _SURROGATE.sub("\ufffd", value) for value in fitting))
+        original = as_read.pop(row, {})
+        were = _set_values(str(original["properties"])) if "properties" in original else fitting
+        if original or were != values[-1]:
+            changed = {name: was for name, value, was in zip(_CUT_OUT, values[-1], were, strict=True) if was != value}
+            as_read[row] = {name: was for name, was in original.items() if name not in _CUT_OUT} | changed
+    exact = pl.DataFrame(values, schema=dict.fromkeys(_CUT_OUT, pl.String), orient="row")
+    frame = frame.with_columns(frame[name].scatter(rows, exact[name]) for name in _CUT_OUT)
+    return as_reads.with_originals(frame, as_read)
+
+
+_CUT_OUT = ("set", "set_once", "ip")
+
+# Half a surrogate pair: a text that is cut out may hold one, a frame may not.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _set_values(document: str) -> tuple[str | None, str | None, str | None]:
@@ -136,4 +199,5 @@ EVENTS = Model(
     merge=None,
     query=query,
     finish=finish,
+    fingerprints=fingerprints,
 )

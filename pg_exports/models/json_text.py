@@ -38,14 +38,14 @@ def members(document: str) -> dict[str, str]:
 
 
 def unescaped(token: str) -> str:
-    """The text of a JSON string token. A surrogate without its other half becomes U+FFFD: no encoding can hold it."""
+    """The text of a JSON string token. Half a surrogate pair stays what it is, though no encoding can hold it."""
     if "\\" not in token:
         return token[1:-1]
     try:
         text: str = json.loads(token, strict=False)
     except ValueError:  # an escape that JSON does not know
         return token
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _after_space(document: str, position: int) -> int:

@@ -3,9 +3,9 @@
 Nothing here talks to a database. The models themselves are the modules beside this one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 
 import polars as pl
@@ -37,6 +37,13 @@ FRAME_TYPES: Mapping[Kind, pl.DataType] = {
     Kind.TEXT_LIST: pl.List(pl.String()),
 }
 """The Polars type of each kind of column in a frame."""
+
+IDENTITY = "identity"
+"""A column of frames beside the model's own, for a model with fingerprints: a 64-bit hash (UInt64) of what identifies a row."""
+
+AS_READ = "as_read"
+"""A column of frames beside the model's own, in those frames alone that need it: what a row's values were before they were
+made to fit a frame, as a JSON object by column (String, NULL for the rows that fit)."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,11 @@ class Model:
             at least the first, by which rows that are there are told from new ones.
         merge: None for a model whose rows are only appended.
         query: the ClickHouse query of a selection. It gives every column of the model, and may give more for `finish`.
-        finish: what is left to do on each frame of the query's answer; it gives exactly the model's columns.
+        finish: what is left to do on each frame of the query's answer; it gives the model's columns, and `IDENTITY` for a
+            model with fingerprints.
+        fingerprints: the query of the fingerprint of each interval of a selection, given their beginnings: its start in
+            microseconds since 1970, rows, XOR and sum of their identities. None for a model that is merged, and for one
+            whose rows have no identity: then a re-run asks the table for its keys.
         dictionary: a ClickHouse dictionary that `query_without_dictionary` does without.
         query_without_dictionary: the query for a source that lacks the dictionary.
     """
@@ -155,8 +166,19 @@ class Model:
     merge: Merge | None
     query: Callable[[Selection], Query]
     finish: Callable[[pl.DataFrame], pl.DataFrame] = _as_it_is
+    fingerprints: Callable[[Selection, Sequence[datetime]], Query] | None = None
     dictionary: str | None = None
     query_without_dictionary: Callable[[Selection], Query] | None = None
+
+
+def microseconds(moment: datetime) -> int:
+    """Microseconds since 1970, exactly."""
+    return (moment - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(microseconds=1)
+
+
+def moment(microseconds: int) -> datetime:
+    """The time so many microseconds after 1970 began, in UTC."""
+    return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)
 
 
 def _clickhouse_time(time: datetime) -> str:

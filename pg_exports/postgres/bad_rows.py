@@ -1,19 +1,20 @@
 """Rows that Postgres cannot hold as they are: found before they are sent where that is cheap, repaired or set aside.
 
-What has a faithful nearest value is repaired: a NUL or a lone surrogate becomes U+FFFD, and nothing else in the row
-changes. What has none is rejected: a number or text that its column cannot hold, a bad value in a merge's key (two
-might be repaired into one), and what only Postgres itself recognises as bad, such as its COPY refuses.
+What has a faithful nearest value is repaired: a NUL, a lone surrogate or a sequence of bytes that is no UTF-8 becomes
+U+FFFD, and nothing else in the row changes. What has none is rejected: a number or text that its column cannot hold, a
+bad value in a merge's key (two might be repaired into one), and what only Postgres itself recognises as bad, such as its
+COPY refuses.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import polars as pl
 
 from pg_exports.interval import OnBadRows
-from pg_exports.models import Column, Kind, Model
+from pg_exports.models import AS_READ, IDENTITY, Column, Kind, Model, as_read
 from pg_exports.postgres import types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import DestinationTable
@@ -21,6 +22,10 @@ from pg_exports.postgres.types import DestinationColumn
 
 KEY_BYTES = 2_600
 """Longest key of a merge. A B-tree's entry may have 2,704 bytes, of which some are its own."""
+
+ROW_BYTES, KEPT_CHARACTERS = 512 * 1024 * 1024, 1_000_000
+"""A rejected row is kept whole up to so many bytes of JSON, as Postgres takes no statement of 1 GB; of a greater one, so
+many characters of each text."""
 
 REPLACEMENT = "\ufffd"
 
@@ -53,11 +58,11 @@ class BadRow:
 
 @dataclass(frozen=True)
 class SortedRows:
-    """Rows that can be sent, some of them repaired; the same rows as they were; and those that cannot be sent."""
+    """Rows that can be sent, some of them repaired (a mask); the same rows as they were; and those that cannot be sent."""
 
     good: pl.DataFrame
     as_they_were: pl.DataFrame
-    repaired: int
+    repaired: pl.Series
     bad: list[BadRow]
 
 
@@ -65,34 +70,53 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
     """Repair what can be, and part the rows that can be sent from those that cannot.
 
     Args:
-        frame: rows with the model's columns.
+        frame: rows with the model's columns, and those beside them.
         table: the destination, whose columns must hold the values.
         on_bad_rows: with `repair` a repaired row is good, with `reject` and `fail` it is bad.
     """
     as_they_were = frame
-    reasons = _too_long_keys(frame, table)
+    frame = frame.drop(AS_READ, strict=False)
+    reasons: dict[int, tuple[str | None, str]] = {**_too_long_keys(frame, table)}
     repaired: set[int] = set()
+    originals = as_read.originals(as_they_were)
     for source, destination in table.pairs:
         values = frame[source.name]
+        unread = [row for row, original in originals.items() if source.name in original]
         mended = _mended(values, source, destination)
-        if on_bad_rows == "repair" and not (table.model.merge and source.name in table.model.key):
+        if source.kind is Kind.INTEGER:
+            too_great = {row: (source.name, _too_great(source, originals[row][source.name])) for row in unread}
+            reasons = too_great | reasons
+        elif on_bad_rows == "repair" and not (table.model.merge and source.name in table.model.key):
             values = _with(values, mended) if mended else values
             frame = frame.with_columns(values) if mended else frame
-            repaired.update(mended)
+            repaired.update(mended, unread)
         else:
-            reason = (
-                f"Column {source.name} holds a NUL or half a surrogate pair, which {destination.declared} cannot hold."
-            )
-            reasons |= {row: (source.name, reason) for row in mended if row not in reasons}
+            cannot = f"which {destination.declared} cannot hold."
+            no_utf8 = (source.name, f"Column {source.name} holds a text that is no UTF-8, {cannot}")
+            no_text = (source.name, f"Column {source.name} holds a NUL or half a surrogate pair, {cannot}")
+            reasons = dict.fromkeys(mended, no_text) | dict.fromkeys(unread, no_utf8) | reasons
         misfits, remedy = types.misfit(values, source, destination)
         if misfits.any():
             reason = _reason(source, destination, table, remedy)
             reasons |= {row: (source.name, reason) for row in misfits.arg_true() if row not in reasons}
+    is_repaired = mask(repaired, frame.height)
     if not reasons:
-        return SortedRows(frame, as_they_were, len(repaired), [])
-    bad = [bad_row(as_they_were, row, table.model, column, reason) for row, (column, reason) in sorted(reasons.items())]
-    is_good = ~pl.int_range(frame.height, eager=True).is_in(list(reasons))
-    return SortedRows(frame.filter(is_good), as_they_were.filter(is_good), len(repaired - set(reasons)), bad)
+        return SortedRows(frame, as_they_were, is_repaired, [])
+    is_good = ~mask(reasons, frame.height)
+    bad = bad_rows(as_they_were, reasons, table.model)
+    return SortedRows(frame.filter(is_good), as_they_were.filter(is_good), is_repaired.filter(is_good), bad)
+
+
+def mask(rows: Collection[int], height: int) -> pl.Series:
+    """True for these rows of so many."""
+    return pl.repeat(False, height, eager=True).scatter(list(rows), True)
+
+
+def _too_great(source: Column, number: object) -> str:
+    return (
+        f"Column {source.name} holds {number}, which is no whole number of 64 bits: exports carry -9223372036854775808 to "
+        "9223372036854775807. Correct the row in ClickHouse, and run the interval again."
+    )
 
 
 def _with(values: pl.Series, mended: Mapping[int, str | list[str | None]]) -> pl.Series:
@@ -114,11 +138,25 @@ def _reason(source: Column, destination: DestinationColumn, table: DestinationTa
     )
 
 
-def bad_row(frame: pl.DataFrame, row: int, model: Model, column: str | None, reason: str) -> BadRow:
-    """One row of a frame as a bad one."""
-    values = frame.row(row, named=True)
-    key = {name: values[name] for name in model.key}
-    return BadRow(json.dumps(key, default=str), column, reason, json.dumps(values, default=str))
+def bad_rows(frame: pl.DataFrame, reasons: Mapping[int, tuple[str | None, str]], model: Model) -> list[BadRow]:
+    r"""Rows of a frame as bad ones, by row with the column at fault and the reason. A byte that is no UTF-8 is \udcXX."""
+    found = sorted(reasons)
+    rows = frame[found]
+    originals = as_read.originals(rows)
+    bad = []
+    for n, values in enumerate(rows.drop(IDENTITY, AS_READ, strict=False).iter_rows(named=True)):
+        row = values | originals.get(n, {})
+        key = {name: row[name] for name in model.key}
+        column, reason = reasons[found[n]]
+        text = json.dumps(row, default=str)
+        if len(text) > ROW_BYTES:
+            cut = {name: value[:KEPT_CHARACTERS] if isinstance(value, str) else value for name, value in row.items()}
+            text = json.dumps(cut, default=str)
+            reason = (
+                f"{reason} The row is too great to be kept: of each text the first {KEPT_CHARACTERS} characters are."
+            )
+        bad.append(BadRow(json.dumps(key, default=str), column, reason, text))
+    return bad
 
 
 def repaired_json(text: str) -> str:

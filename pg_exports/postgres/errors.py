@@ -18,6 +18,14 @@ PASSING_SQLSTATES = (
     "58030",  # I/O error
 )
 
+READ_ONLY = "25006"
+"""read_only_sql_transaction. Servers change roles in a failover, so it may pass."""
+
+_STANDBY_REMEDY = (
+    "The server is a read-only standby, or was made read-only. If that does not pass by itself, set `host` "
+    "(POSTGRES_HOST) to the primary."
+)
+
 _CONNECTION_LOST = (
     "server closed the connection",
     "could not receive data",
@@ -118,25 +126,44 @@ def connecting(error: dbapi.Error, *, address: str, user: str, database: str) ->
 
 def during(error: dbapi.Error, doing: str) -> DestinationError | PassingError:
     """The error to raise when a statement failed: Postgres's own message, detail and context, and where it was."""
-    said = f"Postgres refused while {doing}: {server_message(error)}"
-    state = error.sqlstate or ""
-    if state.startswith(PASSING_SQLSTATES) or (not state and any(words in str(error) for words in _CONNECTION_LOST)):
+    message, state = server_message(error), error.sqlstate or ""
+    if not state and any(words in str(error) for words in _CONNECTION_LOST):
+        return PassingError(f"The connection to Postgres broke while {doing}: {message}")
+    said = f"Postgres refused while {doing}: {message}"
+    if state == READ_ONLY or "during recovery" in message:
+        return PassingError(f"{said}\n{_STANDBY_REMEDY}")
+    if state.startswith(PASSING_SQLSTATES):
         return PassingError(said)
     return DestinationError(said)
 
 
 def server_message(error: dbapi.Error) -> str:
     """Postgres's primary message with its detail, hint and context (which for COPY names line and column)."""
-    fields = {
-        name.decode() if isinstance(name, bytes) else name: value.decode(errors="replace")
-        for name, value in (error.details or [])
-    }
+    fields = _fields(error)
     parts = [
         fields[name]
         for name in ("PG_DIAG_MESSAGE_PRIMARY", "PG_DIAG_MESSAGE_DETAIL", "PG_DIAG_MESSAGE_HINT", "PG_DIAG_CONTEXT")
         if name in fields
     ]
     return "; ".join(parts) if parts else _libpq_text(error)
+
+
+def copy_line(error: dbapi.Error, table: str) -> int | None:
+    """The line of a COPY into `table` at which Postgres refused, from 1.
+
+    Only the context's last line counts: every other part of the message may quote a value that looks like it. The word
+    for "line" is in the server's language.
+    """
+    last = _fields(error).get("PG_DIAG_CONTEXT", "").rsplit("\n", 1)[-1]
+    found = re.match(rf"COPY {re.escape(table)}, \D*(\d+)", last)
+    return int(found.group(1)) if found else None
+
+
+def _fields(error: dbapi.Error) -> dict[str, str]:
+    return {
+        name.decode() if isinstance(name, bytes) else name: value.decode(errors="replace")
+        for name, value in (error.details or [])
+    }
 
 
 def _libpq_text(error: dbapi.Error) -> str:

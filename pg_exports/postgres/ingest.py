@@ -1,6 +1,5 @@
 """Frames into a table by COPY, a bounded piece at a time; rows that Postgres refuses are taken out one by one."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -24,6 +23,9 @@ SMALL_LOT = 256
 SetAside = Callable[[list[BadRow]], None]
 """Takes rows that were rejected, a piece's at a time."""
 
+Landed = Callable[[pl.DataFrame], None]
+"""Takes rows that were copied, a piece's at a time."""
+
 
 @dataclass(frozen=True)
 class Copied:
@@ -42,6 +44,7 @@ def copy_frames(
     frames: Iterable[pl.DataFrame],
     on_bad_rows: OnBadRows,
     set_aside: SetAside,
+    landed: Landed = lambda rows: None,
 ) -> Copied:
     """COPY frames into the table `into` of the destination's schema, which has the destination's columns and types.
 
@@ -49,30 +52,33 @@ def copy_frames(
         session: in a transaction.
         table: the destination.
         into: the destination itself, or a staging table.
-        frames: rows with the model's columns.
+        frames: rows with the model's columns, and those beside them.
         on_bad_rows: what to do with rows that Postgres cannot hold.
         set_aside: takes the rejected ones.
+        landed: is told each piece's rows that went in, repaired where they were, with `IDENTITY`.
 
     Raises:
         DestinationError: a row cannot be held and `on_bad_rows` is `fail`, with the row's key; or Postgres refused for
-            another reason than a value.
+            another reason than a row.
         PassingError: the connection broke.
     """
     rows = repaired = rejected = size = 0
     for frame in pieces(frames):
         found = bad_rows.sort_out(frame, table, on_bad_rows)
-        good, refused = found.good, found.bad
-        if not refused or on_bad_rows != "fail":
-            good, by_copy = _copy(session, table, into, found, on_bad_rows)
-            refused = refused + by_copy
+        if found.bad and on_bad_rows == "fail":
+            raise DestinationError(_failure(found.bad[0]))
+        went_in, refused = _copy(session, table, into, found, on_bad_rows)
         if refused and on_bad_rows == "fail":
             raise DestinationError(_failure(refused[0]))
-        if refused:
-            set_aside(refused)
+        bad = found.bad + refused
+        if bad:
+            set_aside(bad)
+        good = found.good.filter(went_in) if refused else found.good
+        landed(good)
         rows += good.height
-        repaired += found.repaired
-        rejected += len(refused)
-        size += int(good.estimated_size())
+        repaired += int((found.repaired & went_in).sum())
+        rejected += len(bad)
+        size += int(good.select(table.column_names).estimated_size())
     return Copied(rows, repaired, rejected, size)
 
 
@@ -86,10 +92,10 @@ def pieces(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         waiting.append(frame)
         size += int(frame.estimated_size())
         if size >= COPY_BYTES:
-            yield from _cut(pl.concat(waiting), size)
+            yield from _cut(_together(waiting), size)
             waiting, size = [], 0
     if waiting:
-        yield pl.concat(waiting)
+        yield _together(waiting)
 
 
 def _cut(frame: pl.DataFrame, size: int) -> Iterator[pl.DataFrame]:
@@ -97,52 +103,57 @@ def _cut(frame: pl.DataFrame, size: int) -> Iterator[pl.DataFrame]:
     return frame.iter_slices(-(-frame.height // parts))
 
 
+def _together(frames: list[pl.DataFrame]) -> pl.DataFrame:
+    # Not every frame has a column `AS_READ`.
+    return pl.concat(frames, how="diagonal")
+
+
 def _copy(
     session: Session, table: DestinationTable, into: str, rows: SortedRows, on_bad_rows: OnBadRows
-) -> tuple[pl.DataFrame, list[BadRow]]:
-    """COPY one piece; gives the rows that went in, and those of which Postgres refused a value.
+) -> tuple[pl.Series, list[BadRow]]:
+    """COPY one piece; gives a mask of the rows that went in, and those that Postgres refused.
 
     COPY names the first row that it refuses. The rows before it are sent again, it is left out, and the rest follows in
     small lots that grow while they are good, so that a bad row costs one small COPY more and not the rest of the piece.
     """
-    sent: list[pl.DataFrame] = []
-    bad: list[BadRow] = []
+    bad: dict[int, tuple[str | None, str]] = {}
     begin, lot = 0, rows.good.height
     while begin < rows.good.height:
+        if begin in bad:
+            begin, lot = begin + 1, SMALL_LOT
+            continue
         frame = rows.good[begin : begin + lot]
         session.execute("SAVEPOINT pg_exports_copy", doing="setting a savepoint")
         try:
             _send(session, table, into, frame)
         except dbapi.Error as error:
-            row = _refused_row(error)
+            row = _refused_row(error, into)
             if row is None or row >= frame.height:
                 raise errors.during(error, f"copying rows into {table.qualified}") from None
-            bad.append(
-                bad_rows.bad_row(rows.as_they_were, begin + row, table.model, None, errors.server_message(error))
-            )
+            bad[begin + row] = None, errors.server_message(error)
             if on_bad_rows == "fail":
                 break
             session.execute("ROLLBACK TO SAVEPOINT pg_exports_copy", doing="going back to a savepoint")
-            if row:
-                _send(session, table, into, frame[:row])
-                sent.append(frame[:row])
-            begin, lot = begin + row + 1, SMALL_LOT
+            lot = row
         else:
-            session.execute("RELEASE SAVEPOINT pg_exports_copy", doing="releasing a savepoint")
-            sent.append(frame)
             begin, lot = begin + frame.height, lot * 2
-    return pl.concat(sent) if sent else rows.good.clear(), bad
+        session.execute("RELEASE SAVEPOINT pg_exports_copy", doing="releasing a savepoint")
+    went_in = bad_rows.mask(bad, rows.good.height).not_()
+    return went_in, bad_rows.bad_rows(rows.as_they_were, bad, table.model) if bad else []
 
 
 def _send(session: Session, table: DestinationTable, into: str, frame: pl.DataFrame) -> None:
     session.copy(table.destination.schema, into, types.arrow_table(frame, table.pairs))
 
 
-def _refused_row(error: dbapi.Error) -> int | None:
-    """Which row of a COPY it was (from 0), if Postgres refused one of its values: a data exception, or nesting too deep."""
-    line = re.search(r"COPY .*?, line (\d+)", errors.server_message(error))
-    is_about_a_value = (error.sqlstate or "").startswith(("22", "54001", "54000"))
-    return int(line.group(1)) - 1 if line and is_about_a_value else None
+# A data exception, a constraint that is about rows, a value too long or nested too deep.
+_ABOUT_A_ROW = ("22", "23", "54000", "54001")
+
+
+def _refused_row(error: dbapi.Error, into: str) -> int | None:
+    """Which row of a COPY it was (from 0), if Postgres refused it for what it holds."""
+    line = errors.copy_line(error, into)
+    return line - 1 if line and (error.sqlstate or "").startswith(_ABOUT_A_ROW) else None
 
 
 def _failure(bad: BadRow) -> str:

@@ -1,24 +1,26 @@
 """The IO manager: writes an export's intervals to its table, each in one transaction, and reads the table back."""
 
-import functools
 import time
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import UTC
 from typing import Any
 
 import dagster as dg
 import polars as pl
 import pyarrow as pa
+from pydantic import PrivateAttr
 
 from pg_exports.errors import SettingsError
-from pg_exports.interval import Interval, IntervalFrames
-from pg_exports.postgres import ingest, ledger, merge, rejected
+from pg_exports.interval import Counts, Interval, IntervalFrames
+from pg_exports.postgres import ledger, rejected, writer
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
-from pg_exports.postgres.ledger import Counts
 from pg_exports.postgres.resource import PostgresResource
 from pg_exports.postgres.session import Session
-from pg_exports.postgres.table import Destination, DestinationTable
+from pg_exports.postgres.table import Destination
+
+Metadata = dict[str, Any]
+"""A materialisation's metadata."""
 
 MODEL, TEAM_ID, DATABASE, SCHEMA, TABLE = (
     "pg_exports/model",
@@ -41,32 +43,50 @@ class PostgresIOManager(dg.ConfigurableIOManager):
     """
 
     postgres: dg.ResourceDependency[PostgresResource]
+    # By run and step, over the tries of a step.
+    _written: dict[tuple[str, str], dict[Interval, Metadata]] = PrivateAttr(default_factory=dict)
 
     def handle_output(self, context: dg.OutputContext, obj: IntervalFrames) -> None:
         """Write every interval of the run, oldest first; the counts become the partition's metadata.
 
         Raises:
             SettingsError, DestinationError, SourceError, PassingError: with what is wrong and what to do. The intervals
-                before the one at fault stay written; of that one nothing is.
+                before the one at fault stay written, and are shown as materialised; of that one nothing is written.
         """
         if not isinstance(obj, IntervalFrames):
             raise SettingsError(
                 f"{context.asset_key.to_user_string()} returns {type(obj).__name__}; this IO manager writes what an "
                 "export's asset returns. Give the asset another `io_manager_key`."
             )
+        written = self._written.setdefault((context.run_id, context.step_key), {})
+        try:
+            self._write(context, obj, written)
+        except BaseException as error:
+            if _is_final(context, error):
+                _show(context, written)
+            if isinstance(error, dg.Failure) or not isinstance(error, Exception):
+                raise
+            # What nobody has foreseen is not over at the next try either.
+            raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
+
+    def _write(self, context: dg.OutputContext, export: IntervalFrames, written: dict[Interval, Metadata]) -> None:
         destination = destination_of(context.definition_metadata)
         with self.postgres.session(destination.database, context.log) as session:
-            tables.ensure(session, destination, obj.model)
-            ledger.ensure(session, destination.schema)
-            rejected.ensure(session, destination.schema)
-            for interval in obj.intervals:
-                table = tables.inspect(session, destination, obj.model)
+            with session.transaction():
+                tables.ensure(session, destination, export.model, key_index=export.deduplicate == "table")
+                ledger.ensure(session, destination.schema)
+                rejected.ensure(session, destination.schema)
+            for interval in export.intervals:
                 started = time.monotonic()
-                counts = _write(session, table, obj, interval, context.run_id)
+                counts = writer.write(session, destination, export, interval, context.run_id, context.log)
                 seconds = time.monotonic() - started
-                say = context.log.warning if counts.rejected else context.log.info
-                say(f"{obj.export} {interval}: {_sentence(counts)} in {seconds:.1f} s")
-                _add_metadata(obj, interval, counts, seconds)
+                say = context.log.warning if counts.rejected or counts.missing else context.log.info
+                say(f"{export.export} {interval}: {counts} in {seconds:.1f} s")
+                export.written[interval] = counts
+                written[interval] = _metadata(export, interval, counts, seconds)
+                dg.AssetExecutionContext.get().add_asset_metadata(
+                    written[interval], partition_key=interval.partition_key
+                )
 
     def load_input(self, context: dg.InputContext) -> pl.DataFrame:
         """The rows of the export's team: of the partition's interval where the table of an append model has
@@ -80,7 +100,7 @@ class PostgresIOManager(dg.ConfigurableIOManager):
         if TABLE not in metadata:
             raise SettingsError(f"{context.asset_key.to_user_string()} is no export; its table is not known here.")
         destination = destination_of(metadata)
-        with self.postgres.session(destination.database, context.log) as session:
+        with self.postgres.session(destination.database, context.log) as session, session.transaction():
             return _read(session, destination, context, metadata)
 
 
@@ -89,74 +109,37 @@ def destination_of(metadata: Mapping[str, Any]) -> Destination:
     return Destination(metadata.get(DATABASE), metadata[SCHEMA], metadata[TABLE])
 
 
-def _write(
-    session: Session, table: DestinationTable, export: IntervalFrames, interval: Interval, run_id: str
-) -> Counts:
-    started_at = datetime.now(UTC)
-    with session.transaction():
-        ledger.lock(session, table, interval, whole_table=export.deduplicate == "table")
-        past = ledger.past(session, table, export.team_id, interval)
-        rejected.resolve(session, table, export.export, interval)
-        set_aside = functools.partial(rejected.keep, session, table, export.export, interval, run_id)
-        copy = functools.partial(
-            ingest.copy_frames, session, table, on_bad_rows=export.on_bad_rows, set_aside=set_aside
+def _is_final(context: dg.OutputContext, error: BaseException) -> bool:
+    """Whether the step will not be tried again after this error."""
+    policy = context.step_context.op_retry_policy
+    if policy is None or not isinstance(error, dg.Failure) or not error.allow_retries:
+        return True
+    return context.step_context.previous_attempt_count >= policy.max_retries
+
+
+def _show(context: dg.OutputContext, written: Mapping[Interval, Metadata]) -> None:
+    """Show the intervals that a failed run has committed as materialised, which Dagster does after a success only."""
+    for interval, metadata in written.items():
+        dg.AssetExecutionContext.get().log_event(
+            dg.AssetMaterialization(context.asset_key, partition=interval.partition_key, metadata=metadata)
         )
-        with export.read(interval) as frames:
-            if export.model.merge or past.may_hold_interval or export.deduplicate == "table":
-                with merge.staging_table(session, table) as staging:
-                    copied = copy(staging, frames)
-                    merged = merge.merge(session, table, staging)
-            else:
-                copied = copy(table.destination.table, frames)
-                merged = merge.Merged(inserted=copied.rows, updated=0)
-        counts = Counts(
-            at_source=copied.rows + copied.rejected,
-            inserted=merged.inserted,
-            updated=merged.updated,
-            unchanged=copied.rows - merged.inserted - merged.updated,
-            repaired=copied.repaired,
-            rejected=copied.rejected,
-            bytes=copied.bytes,
-        )
-        ledger.record(
-            session,
-            table,
-            interval,
-            counts,
-            export=export.export,
-            team_id=export.team_id,
-            rows_before=past.rows_before,
-            run_id=run_id,
-            started_at=started_at,
-        )
-    return counts
 
 
-def _sentence(counts: Counts) -> str:
-    return (
-        f"{counts.at_source} rows at the source, {counts.inserted} inserted, {counts.updated} updated, "
-        f"{counts.unchanged} unchanged, {counts.repaired} repaired, {counts.rejected} rejected"
-    )
-
-
-def _add_metadata(export: IntervalFrames, interval: Interval, counts: Counts, seconds: float) -> None:
-    dg.AssetExecutionContext.get().add_asset_metadata(
-        {
-            "dagster/partition_row_count": counts.at_source,
-            "rows_at_source": counts.at_source,
-            "rows_inserted": counts.inserted,
-            "rows_updated": counts.updated,
-            "rows_unchanged": counts.unchanged,
-            "rows_repaired": counts.repaired,
-            "rows_rejected": counts.rejected,
-            "bytes": counts.bytes,
-            "seconds": round(seconds, 3),
-            "interval_start": dg.MetadataValue.timestamp(interval.start),
-            "interval_end": dg.MetadataValue.timestamp(interval.end),
-            "query": dg.MetadataValue.md(f"```sql\n{export.sql(interval)}```"),
-        },
-        partition_key=interval.partition_key,
-    )
+def _metadata(export: IntervalFrames, interval: Interval, counts: Counts, seconds: float) -> Metadata:
+    return {
+        "dagster/partition_row_count": counts.at_source,
+        "rows_at_source": counts.at_source,
+        "rows_inserted": counts.inserted,
+        "rows_updated": counts.updated,
+        "rows_unchanged": counts.unchanged,
+        "rows_repaired": counts.repaired,
+        "rows_rejected": counts.rejected,
+        "bytes": counts.bytes,
+        "seconds": round(seconds, 3),
+        "interval_start": dg.MetadataValue.timestamp(interval.start),
+        "interval_end": dg.MetadataValue.timestamp(interval.end),
+        "query": dg.MetadataValue.md(f"```sql\n{export.sql(interval)}```"),
+    }
 
 
 def _read(

@@ -1,33 +1,37 @@
 """The ledger: which interval of which export was committed to a table, by which run, with which counts.
 
 It lies in the destination's schema, is written in the transaction that writes the rows, and is read first by every
-later run. It also tells whether a table can have rows of an interval already.
+later run. With the key journals beside it, it tells what a table has of an interval already.
 """
 
+import json
 from dataclasses import dataclass
 from datetime import datetime
 
-from pg_exports.errors import DestinationError
-from pg_exports.interval import Interval
-from pg_exports.postgres import table as tables
+from pg_exports.fingerprint import Fingerprint
+from pg_exports.interval import Counts, Interval
+from pg_exports.models.model import moment
+from pg_exports.postgres import journal
 from pg_exports.postgres.identifiers import quoted
-from pg_exports.postgres.session import Session
-from pg_exports.postgres.table import DestinationTable
+from pg_exports.postgres.session import LOCK_TIMEOUT, Session
+from pg_exports.postgres.table import NO_FILE, Destination, DestinationTable, ensure_own
 
 TABLE = "pg_exports_ledger"
 
-NO_FILE = 0
-"""Stands for the filenode of a partitioned table, which has none."""
+UNKNOWN = -1
+"""Stands for the number of an interval's keys in the journals where not all of them are there."""
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS {ledger} (
     destination text NOT NULL,
-    export text NOT NULL,
-    interval_start timestamptz NOT NULL,
-    interval_end timestamptz NOT NULL,
-    team_id bigint NOT NULL,
     table_oid bigint NOT NULL,
     table_filenode bigint NOT NULL,
+    partition_filenodes bigint[] NOT NULL,
+    team_id bigint NOT NULL,
+    interval_start timestamptz NOT NULL,
+    interval_end timestamptz NOT NULL,
+    export text NOT NULL,
+    fingerprint text,
     rows_before boolean NOT NULL,
     rows_at_source bigint NOT NULL,
     rows_inserted bigint NOT NULL,
@@ -35,25 +39,29 @@ CREATE TABLE IF NOT EXISTS {ledger} (
     rows_unchanged bigint NOT NULL,
     rows_repaired bigint NOT NULL,
     rows_rejected bigint NOT NULL,
+    rows_missing bigint NOT NULL,
+    keys bigint NOT NULL,
     bytes bigint NOT NULL,
     run_id text NOT NULL,
     started_at timestamptz NOT NULL,
     committed_at timestamptz NOT NULL,
-    PRIMARY KEY (destination, export, team_id, interval_start, interval_end, table_oid, table_filenode)
+    PRIMARY KEY (destination, table_oid, table_filenode, team_id, interval_start, interval_end, export)
 )
 """
 
 _RECORD = """
 INSERT INTO {ledger} (
-    destination, export, interval_start, interval_end, team_id, table_oid, table_filenode, rows_before,
-    rows_at_source, rows_inserted, rows_updated, rows_unchanged, rows_repaired, rows_rejected, bytes, run_id, started_at,
-    committed_at
+    destination, table_oid, table_filenode, team_id, interval_start, interval_end, export, partition_filenodes,
+    fingerprint, rows_before, rows_at_source, rows_inserted, rows_updated, rows_unchanged, rows_repaired, rows_rejected,
+    rows_missing, keys, bytes, run_id, started_at, committed_at
 )
 VALUES (
-    $1, $2, $3::text::timestamptz, $4::text::timestamptz, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16,
-    $17::text::timestamptz, clock_timestamp()
+    $1, $2, $3, $4, $5::text::timestamptz, $6::text::timestamptz, $7, $8::text::bigint[], $9, $10, $11, $12, $13, $14,
+    $15, $16, $17, $18, $19, $20, $21::text::timestamptz, clock_timestamp()
 )
-ON CONFLICT (destination, export, team_id, interval_start, interval_end, table_oid, table_filenode) DO UPDATE SET
+ON CONFLICT (destination, table_oid, table_filenode, team_id, interval_start, interval_end, export) DO UPDATE SET
+    partition_filenodes = excluded.partition_filenodes,
+    fingerprint = excluded.fingerprint,
     rows_before = excluded.rows_before,
     rows_at_source = excluded.rows_at_source,
     rows_inserted = excluded.rows_inserted,
@@ -61,6 +69,8 @@ ON CONFLICT (destination, export, team_id, interval_start, interval_end, table_o
     rows_unchanged = excluded.rows_unchanged,
     rows_repaired = excluded.rows_repaired,
     rows_rejected = excluded.rows_rejected,
+    rows_missing = excluded.rows_missing,
+    keys = excluded.keys,
     bytes = excluded.bytes,
     run_id = excluded.run_id,
     started_at = excluded.started_at,
@@ -68,85 +78,91 @@ ON CONFLICT (destination, export, team_id, interval_start, interval_end, table_o
 """
 
 # One statement, one snapshot: were the ledger read first and the table later, the rows that another run commits in
-# between would pass for rows that were there before.
-_PAST = """
+# between would pass for rows that were there before. Of an interval that several exports wrote, the last one counted.
+_PAST = f"""
+WITH
+    overlapping AS (
+        SELECT * FROM {{ledger}} WHERE {journal.OVERLAPPING}
+    ),
+    latest AS (
+        SELECT DISTINCT ON (interval_start, interval_end) interval_start, interval_end, keys, partition_filenodes
+        FROM overlapping
+        ORDER BY interval_start, interval_end, committed_at DESC
+    ),
+    journaled AS (
+        SELECT interval_start, interval_end, sum(octet_length(keys)) / 8 AS keys
+        FROM {{journal}} WHERE {journal.OVERLAPPING}
+        GROUP BY interval_start, interval_end
+    ),
+    same AS (
+        SELECT * FROM overlapping
+        WHERE interval_start = $5::text::timestamptz AND interval_end = $6::text::timestamptz
+    )
 SELECT
     (
-        SELECT bool_or(rows_before)
-        FROM {ledger}
+        SELECT rows_before FROM {{ledger}}
         WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
+        LIMIT 1
     ),
-    EXISTS (
-        SELECT FROM {ledger}
-        WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
-            AND team_id = $4 AND interval_start < $6::text::timestamptz AND interval_end > $5::text::timestamptz
+    EXISTS (SELECT FROM {{table}}),
+    EXISTS (SELECT FROM overlapping),
+    (
+        SELECT count(*) FROM latest
+        LEFT JOIN journaled USING (interval_start, interval_end)
+        WHERE latest.keys <> coalesce(journaled.keys, 0) OR NOT partition_filenodes <@ $7::text::bigint[]
+    ) = 0,
+    coalesce(
+        (
+            SELECT keys::bigint FROM journaled
+            WHERE interval_start = $5::text::timestamptz AND interval_end = $6::text::timestamptz
+        ),
+        0
     ),
-    EXISTS (SELECT FROM {table})
+    (
+        SELECT string_agg(fingerprint, ' ') FROM same
+        WHERE rows_rejected = 0 AND rows_missing = 0 AND partition_filenodes <@ $7::text::bigint[]
+    ),
+    (SELECT row_to_json(same)::text FROM same WHERE export = $8 AND run_id = $9)
+"""
+
+_FINGERPRINTS = """
+SELECT DISTINCT ON (interval_start) (extract(epoch FROM interval_start) * 1000000)::bigint, fingerprint
+FROM {ledger}
+WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4 AND export = $5
+    AND interval_start >= $6::text::timestamptz AND interval_end <= $7::text::timestamptz
+ORDER BY interval_start, committed_at DESC
 """
 
 
 @dataclass(frozen=True)
-class Counts:
-    """What became of an interval's rows, and their size as Arrow in bytes."""
-
-    at_source: int
-    inserted: int
-    updated: int
-    unchanged: int
-    repaired: int
-    rejected: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Past:
-    """What a table may hold already.
+    """What a table has of an interval's rows, and how that is known.
 
     Attributes:
-        rows_before: it had rows before pg_exports first wrote to it (as it is now: a table that was truncated or made
-            anew is another one).
-        may_hold_interval: rows of the interval may be there.
+        rows_before: the table had rows before pg_exports first wrote to it (as it is now: a table that was truncated or
+            made anew is another one).
+        has_interval: intervals that overlap this one were committed to it.
+        is_journaled: the journals hold the keys of all of their rows, and the partitions that these went into are there.
+        keys: keys in the journals of this very interval.
+        fingerprints: of the interval's rows at the source, whenever all of them landed.
+        by_this_run: the counts, where this run itself has committed the interval (in an earlier try).
     """
 
     rows_before: bool
-    may_hold_interval: bool
+    has_interval: bool
+    is_journaled: bool
+    keys: int
+    fingerprints: frozenset[str]
+    by_this_run: Counts | None
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the ledger where it is missing. Raises as `ensure_own`."""
+    """Create the ledger and the journals where they are missing. Raises as `table.ensure_own`."""
     ensure_own(session, schema, TABLE, _CREATE.format(ledger=quoted(schema, TABLE)))
+    journal.ensure(session, schema)
 
 
-def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
-    """Create one of pg_exports' own tables where it is missing.
-
-    Raises:
-        DestinationError: the role may not create it, or not write the one that another role made; with the GRANT.
-    """
-    rows = session.rows(
-        """
-        SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
-            AND has_table_privilege(c.oid, 'UPDATE')
-        FROM pg_class AS c
-        JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        WHERE n.nspname = $1 AND c.relname = $2
-        """,
-        schema,
-        name,
-        doing=f"looking up {name}",
-    )
-    table = quoted(schema, name)
-    if not rows:
-        tables.check_may_create(session, schema, f"the table {table}")
-        tables.create_if_missing(session, create, f"creating {table}")
-    elif not rows[0][1]:
-        raise DestinationError(
-            f"The role {rows[0][0]} may not write {table}, which another role made. Run as its owner: "
-            f"GRANT INSERT, SELECT, UPDATE ON {table} TO {quoted(str(rows[0][0]))};"
-        )
-
-
-def lock(session: Session, table: DestinationTable, interval: Interval, *, whole_table: bool = False) -> None:
+def lock(session: Session, destination: Destination, interval: Interval, *, whole_table: bool = False) -> None:
     """Wait for every run that writes to the table in an hour that the interval touches, and keep others waiting.
 
     Hours, in ascending order, so that intervals of different lengths meet without a deadlock. Until the transaction ends.
@@ -155,24 +171,29 @@ def lock(session: Session, table: DestinationTable, interval: Interval, *, whole
     if whole_table:
         session.execute(
             "SELECT pg_advisory_xact_lock(hashtext($1))",
-            f"pg_exports: {table.qualified}",
-            doing=f"waiting for another run into {table.qualified}",
+            f"pg_exports: {destination.qualified}",
+            doing=f"waiting for another run into {destination.qualified}",
+            patience=LOCK_TIMEOUT,
         )
     first = int(interval.start.timestamp()) // 3600
     last = (int(interval.end.timestamp()) - 1) // 3600
     session.execute(
         "SELECT count(pg_advisory_xact_lock(hashtext($1), hour::int)) FROM generate_series($2::bigint, $3::bigint) AS hour",
-        f"pg_exports: {table.qualified}",
+        f"pg_exports: {destination.qualified}",
         first,
         last,
         doing=f"waiting for another run of {interval}",
+        patience=LOCK_TIMEOUT,
     )
 
 
-def past(session: Session, table: DestinationTable, team_id: int, interval: Interval) -> Past:
-    """What the table may hold of the team's rows of the interval. To be asked under `lock`, in a statement of its own."""
-    sql = _PAST.format(ledger=quoted(table.destination.schema, TABLE), table=table.qualified)
-    [(known, overlaps, has_rows)] = session.rows(
+def past(
+    session: Session, table: DestinationTable, interval: Interval, *, export: str, team_id: int, run_id: str
+) -> Past:
+    """What the table has of the team's rows of the interval. To be asked under `lock`, in a statement of its own."""
+    schema = table.destination.schema
+    sql = _PAST.format(ledger=quoted(schema, TABLE), journal=quoted(schema, journal.TABLE), table=table.qualified)
+    [row] = session.rows(
         sql,
         table.destination.table,
         table.oid,
@@ -180,10 +201,46 @@ def past(session: Session, table: DestinationTable, team_id: int, interval: Inte
         team_id,
         interval.start,
         interval.end,
+        _array(table.partition_filenodes),
+        export,
+        run_id,
         doing="reading the ledger",
     )
-    rows_before = bool(has_rows) if known is None else bool(known)
-    return Past(rows_before, may_hold_interval=rows_before or bool(overlaps))
+    rows_before, has_rows, has_interval, is_journaled, keys, fingerprints, by_this_run = row
+    return Past(
+        rows_before=bool(has_rows) if rows_before is None else bool(rows_before),
+        has_interval=bool(has_interval),
+        is_journaled=bool(is_journaled),
+        keys=int(str(keys)),
+        fingerprints=frozenset(str(fingerprints or "").split()),
+        by_this_run=_counts(str(by_this_run)) if by_this_run else None,
+    )
+
+
+def exists(session: Session, schema: str) -> bool:
+    """Whether the schema has a ledger."""
+    [(found,)] = session.rows(
+        "SELECT to_regclass($1) IS NOT NULL", quoted(schema, TABLE), doing="looking up the ledger"
+    )
+    return bool(found)
+
+
+def fingerprints(
+    session: Session, table: DestinationTable, export: str, team_id: int, span: Interval
+) -> dict[datetime, str]:
+    """The fingerprints of an export's intervals within a span that were committed to the table, by their starts."""
+    rows = session.rows(
+        _FINGERPRINTS.format(ledger=quoted(table.destination.schema, TABLE)),
+        table.destination.table,
+        table.oid,
+        table.filenode or NO_FILE,
+        team_id,
+        export,
+        span.start,
+        span.end,
+        doing="reading the ledger",
+    )
+    return {moment(int(str(microseconds))): str(fingerprint) for microseconds, fingerprint in rows if fingerprint}
 
 
 def record(
@@ -194,6 +251,8 @@ def record(
     *,
     export: str,
     team_id: int,
+    fingerprint: Fingerprint | None,
+    keys: int,
     rows_before: bool,
     run_id: str,
     started_at: datetime,
@@ -204,12 +263,14 @@ def record(
     session.execute(
         _RECORD.format(ledger=quoted(table.destination.schema, TABLE)),
         table.destination.table,
-        export,
-        interval.start,
-        interval.end,
-        team_id,
         table.oid,
         table.filenode or NO_FILE,
+        team_id,
+        interval.start,
+        interval.end,
+        export,
+        _array(table.partition_filenodes),
+        str(fingerprint) if fingerprint else None,
         rows_before,
         counts.at_source,
         counts.inserted,
@@ -217,8 +278,30 @@ def record(
         counts.unchanged,
         counts.repaired,
         counts.rejected,
+        counts.missing,
+        keys,
         counts.bytes,
         run_id,
         started_at,
         doing="writing the ledger",
+        patience=LOCK_TIMEOUT,
     )
+
+
+def _counts(row: str) -> Counts:
+    values = json.loads(row)
+    return Counts(
+        at_source=values["rows_at_source"],
+        inserted=values["rows_inserted"],
+        updated=values["rows_updated"],
+        unchanged=values["rows_unchanged"],
+        repaired=values["rows_repaired"],
+        rejected=values["rows_rejected"],
+        missing=values["rows_missing"],
+        bytes=values["bytes"],
+    )
+
+
+def _array(numbers: tuple[int, ...]) -> str:
+    """A bigint[] as text: the driver binds an empty list without a type."""
+    return "{" + ",".join(map(str, numbers)) + "}"

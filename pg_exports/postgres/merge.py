@@ -13,16 +13,17 @@ from pg_exports.models import Kind, Merge
 from pg_exports.postgres import table as tables
 from pg_exports.postgres import types
 from pg_exports.postgres.identifiers import quoted
-from pg_exports.postgres.session import Session
+from pg_exports.postgres.session import MERGE_TIMEOUT, Session
 from pg_exports.postgres.table import DestinationTable
 
 
 @dataclass(frozen=True)
 class Merged:
-    """Rows that were inserted, and rows that replaced an older one."""
+    """Rows that were inserted, rows that replaced an older one, and rows that are not there in spite of it."""
 
     inserted: int
     updated: int
+    missing: int = 0
 
 
 @contextlib.contextmanager
@@ -44,10 +45,15 @@ def staging_table(session: Session, table: DestinationTable) -> Iterator[str]:
 
 
 def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
-    """Bring the staging table's rows into the destination: the missing ones, and those that replace an older one."""
+    """Bring the staging table's rows into the destination: the missing ones, and those that replace an older one.
+
+    Then look each of them up: a trigger of the table's may have dropped it.
+    """
     sql = _upsert(table, staging, table.model.merge) if table.model.merge else _insert_missing(table, staging)
-    [(inserted, updated)] = session.rows(sql, doing=f"merging into {table.qualified}")
-    return Merged(int(str(inserted)), int(str(updated)))
+    patience = MERGE_TIMEOUT
+    [(inserted, updated)] = session.rows(sql, doing=f"merging into {table.qualified}", patience=patience)
+    [(missing,)] = session.rows(_count_missing(table, staging), doing="looking the rows up", patience=patience)
+    return Merged(int(str(inserted)), int(str(updated)), int(str(missing)))
 
 
 def _insert_missing(table: DestinationTable, staging: str) -> str:
@@ -63,6 +69,20 @@ def _insert_missing(table: DestinationTable, staging: str) -> str:
             RETURNING 1
         )
         SELECT count(*), 0::bigint FROM written
+    """
+
+
+def _count_missing(table: DestinationTable, staging: str) -> str:
+    """How many of the staging table's rows are not in the destination, or there in an older version."""
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    rule = table.model.merge
+    not_older = f" AND {_version(table, rule, 'd')} >= {_version(table, rule, 's')}" if rule else ""
+    return f"""
+        SELECT count(*)
+        FROM {quoted(table.destination.schema, staging)} AS s
+        WHERE NOT EXISTS (
+            SELECT FROM {table.qualified} AS d WHERE {" AND ".join(f"d.{name} = s.{name}" for name in key)}{not_older}
+        )
     """
 
 

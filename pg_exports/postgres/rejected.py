@@ -4,16 +4,19 @@ It is written in the interval's transaction. A row that a later run of the inter
 `resolved_at`. Keys are JSON and not JSONB, which has no NUL: it may be what is wrong with them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from pg_exports.interval import Interval
-from pg_exports.postgres import ledger
+from pg_exports.postgres import table as tables
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 
 TABLE = "pg_exports_rejected"
+
+BATCH_ROWS, BATCH_BYTES = 1_000, 16 * 1024 * 1024
+"""What one statement takes: rows, and bytes of rows unless a single one has more."""
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS {rejected} (
@@ -43,9 +46,9 @@ _KEEP = """
 INSERT INTO {rejected} (
     destination, export, interval_start, interval_end, row_hash, key, column_name, reason, row_as_it_was, run_id, rejected_at
 )
-VALUES (
-    $1, $2, $3::text::timestamptz, $4::text::timestamptz, md5($5), $6::text::json, $7, $8, $5, $9, clock_timestamp()
-)
+SELECT $1, $2, $3::text::timestamptz, $4::text::timestamptz, md5(bad.row), bad.key::json, bad.column_name, bad.reason,
+    bad.row, $5, clock_timestamp()
+FROM unnest($6::text[], $7::text[], $8::text[], $9::text[]) AS bad(row, key, column_name, reason)
 ON CONFLICT (destination, export, interval_start, interval_end, row_hash) DO UPDATE SET
     column_name = excluded.column_name,
     reason = excluded.reason,
@@ -56,8 +59,8 @@ ON CONFLICT (destination, export, interval_start, interval_end, row_hash) DO UPD
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the table where it is missing. Raises as `ledger.ensure_own`."""
-    ledger.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
+    """Create the table where it is missing. Raises as `table.ensure_own`."""
+    tables.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
 
 
 def resolve(session: Session, table: DestinationTable, export: str, interval: Interval) -> None:
@@ -76,17 +79,31 @@ def keep(
     session: Session, table: DestinationTable, export: str, interval: Interval, run_id: str, rows: Sequence[BadRow]
 ) -> None:
     """Set rows aside. The same row of the same interval is kept once."""
-    for bad in rows:
+    for batch in _batches(rows):
         session.execute(
             _KEEP.format(rejected=quoted(table.destination.schema, TABLE)),
             table.destination.table,
             export,
             interval.start,
             interval.end,
-            bad.row,
-            bad.key,
-            bad.column,
-            bad.reason,
             run_id,
+            [bad.row for bad in batch],
+            [bad.key for bad in batch],
+            [bad.column for bad in batch],
+            [bad.reason for bad in batch],
             doing="setting rejected rows aside",
         )
+
+
+def _batches(rows: Sequence[BadRow]) -> Iterator[list[BadRow]]:
+    """Different rows, as many together as one statement takes: it may not meet a row that it has just written."""
+    batch: list[BadRow] = []
+    size = 0
+    for bad in {bad.row: bad for bad in rows}.values():
+        if batch and (len(batch) == BATCH_ROWS or size + len(bad.row) > BATCH_BYTES):
+            yield batch
+            batch, size = [], 0
+        batch.append(bad)
+        size += len(bad.row)
+    if batch:
+        yield batch

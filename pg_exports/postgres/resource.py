@@ -11,19 +11,26 @@ from pydantic import ConfigDict, Field
 
 from pg_exports.errors import SettingsError
 from pg_exports.postgres import errors, tls
-from pg_exports.postgres.session import Session
+from pg_exports.postgres.session import ServerTransaction, Session
+from pg_exports.postgres.watchdog import Watchdog, new_connection, open_sockets
 
 CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made, TLS and password included."""
 
-# A peer that vanished without a word is noticed within about three minutes.
-_LIVENESS = {
-    "keepalives_idle": 60,
-    "keepalives_interval": 15,
-    "keepalives_count": 8,
-    "tcp_user_timeout": 180_000,  # milliseconds
-}
+READ_TIMEOUT = 300
+"""Seconds without an answer after which a connection counts as frozen, where the resource does not say."""
 
+# A peer that vanished without a word is noticed within about three minutes.
+_LIVENESS = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 8}
+TCP_USER_TIMEOUT = 180
+"""Seconds for sent data to be acknowledged."""
+
+# Of the transaction that was lost, and no other: a pooler may have given the server's process to somebody else.
+_END = """
+SELECT pg_terminate_backend(pid)
+FROM pg_stat_activity
+WHERE pid = $1 AND xact_start = $2::text::timestamptz AND usename = current_user
+"""
 
 # Given, so that libpq takes none of them from the environment or the home folder.
 _FIXED = {
@@ -50,6 +57,8 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
         verify_server_identity: `no`, `ca` or `ca-and-hostname` (default).
         root_certificate: `system` (default), a path to a .crt, .pem, .cer or .ca-bundle file, or PEM text. With
             `verify_server_identity: no` it is ignored, and the log says so.
+        read_timeout: seconds without an answer after which a connection counts as frozen. Waiting for another run's lock,
+            and a merge, may take longer.
     """
 
     model_config = ConfigDict(hide_input_in_errors=True)
@@ -61,6 +70,7 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
     database: str
     verify_server_identity: tls.VerifyServerIdentity = "ca-and-hostname"
     root_certificate: str = Field(default=tls.SYSTEM, repr=False)
+    read_timeout: int = READ_TIMEOUT
 
     @contextlib.contextmanager
     def session(self, database: str | None = None, log: logging.Logger | None = None) -> Iterator[Session]:
@@ -71,8 +81,8 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
             log: where to say that a root certificate is ignored.
 
         Raises:
-            SettingsError: `host` is none, `user` or `database` is empty, or the root certificate is missing, empty, or no
-                certificate.
+            SettingsError: `host` is none, `user` or `database` is empty, `read_timeout` is not positive, or the root
+                certificate is missing, empty, or no certificate.
             DestinationError: the server refused, or its identity could not be verified.
             PassingError: it does not answer.
         """
@@ -80,12 +90,38 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
         self._check(database)
         if log and self.verify_server_identity == "no" and self.root_certificate != tls.SYSTEM:
             log.info("`root_certificate` is ignored: `verify_server_identity` is `no`.")
-        with tls.libpq_settings(self.verify_server_identity, self.root_certificate) as encryption:
-            connection = self._connect(database, encryption)
-        with connection:
-            yield Session(connection)
+        session = self._open(database)
+        try:
+            yield session
+        finally:
+            session.close()
+            if session.lost:
+                self._end(session.lost, database)
+
+    def _open(self, database: str) -> Session:
+        before = set(open_sockets())
+        watchdog = Watchdog(lambda: new_connection(before, self.port))
+        try:
+            # The driver's first questions to the server are not bounded by CONNECT_TIMEOUT.
+            with (
+                tls.libpq_settings(self.verify_server_identity, self.root_certificate) as encryption,
+                watchdog.limit(CONNECT_TIMEOUT + self.read_timeout),
+            ):
+                connection = self._connect(database, encryption)
+                watchdog.keep(new_connection(before, self.port, lambda: _client_port(connection)))
+        except BaseException:
+            watchdog.close()
+            raise
+        return Session(connection, watchdog, self.read_timeout)
+
+    def _end(self, lost: ServerTransaction, database: str) -> None:
+        """Have the server end a transaction whose connection broke, so that the next try need not wait for its locks."""
+        with contextlib.suppress(Exception), contextlib.closing(self._open(database)) as session:
+            session.execute(_END, lost.process, lost.started, doing="ending a lost transaction")
 
     def _check(self, database: str) -> None:
+        if self.read_timeout < 1:
+            raise SettingsError("`read_timeout` must be a second or more.")
         # Postgres answers a URL with an error that repeats it, password and all.
         if not re.fullmatch(r"[^\s\0/@,=]+", self.host):
             raise SettingsError(
@@ -111,6 +147,7 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
             "connect_timeout": CONNECT_TIMEOUT,
             **_FIXED,
             **_LIVENESS,
+            "tcp_user_timeout": 1000 * min(TCP_USER_TIMEOUT, self.read_timeout),
             **encryption,
         }
         try:
@@ -119,6 +156,14 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
             raise errors.connecting(
                 error, address=f"{self.host}:{self.port}", user=self.user, database=database
             ) from None
+
+
+def _client_port(connection: dbapi.Connection) -> int | None:
+    """The port that the server sees the connection come from, which a proxy on the way may have changed."""
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT inet_client_port()")
+        [(port,)] = cursor.fetchall()
+    return port if isinstance(port, int) else None
 
 
 def _conninfo(settings: dict[str, object]) -> str:

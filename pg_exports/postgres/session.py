@@ -1,13 +1,20 @@
-"""One connection to Postgres in use: statements, transactions and COPY through ADBC, with errors that a person can read."""
+"""One connection to Postgres in use: statements, transactions and COPY through ADBC, with errors that a person can read.
+
+Every wait is bounded: for a lock by the server, for an answer by a watchdog, for the next statement by the server again.
+"""
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from typing import NoReturn
 
 import pyarrow as pa
 from adbc_driver_postgresql import dbapi
 
+from pg_exports.errors import PassingError
 from pg_exports.postgres import errors
+from pg_exports.postgres.watchdog import Watchdog
 
 LOCK_TIMEOUT = 600
 """Seconds to wait for another run that holds the interval or the table."""
@@ -15,76 +22,144 @@ LOCK_TIMEOUT = 600
 IDLE_TIMEOUT = 900
 """Seconds that the server lets a transaction wait for the next statement, should this process freeze."""
 
+MERGE_TIMEOUT = 3600
+"""Seconds that the one statement of a merge may take."""
+
+# A server notices a client that has gone: by TCP's own means while it waits for a statement, by looking every ten seconds
+# while it works on one (PostgreSQL 14 and later). Locks are free again then.
+_WAITS = """
+SELECT
+    pg_backend_pid(),
+    now()::text,
+    set_config('lock_timeout', $1, true),
+    set_config('idle_in_transaction_session_timeout', $2, true),
+    set_config('tcp_keepalives_idle', '60', true),
+    set_config('tcp_keepalives_interval', '15', true),
+    set_config('tcp_keepalives_count', '8', true),
+    CASE WHEN current_setting('client_connection_check_interval', true) IS NOT NULL
+        THEN set_config('client_connection_check_interval', '10s', true)
+    END
+"""
+
+
+@dataclass(frozen=True)
+class ServerTransaction:
+    """A transaction as the server knows it: its process, and when it began."""
+
+    process: int
+    started: str
+
 
 class Session:
     """A connection in autocommit mode, in which transactions are begun and ended by statement.
 
     ADBC's own transactions cannot go back to a savepoint ("current transaction is aborted").
+
+    Attributes:
+        lost: the transaction that was open when the connection broke; the server may hold it, and its locks, for a while.
     """
 
-    def __init__(self, connection: dbapi.Connection) -> None:
+    def __init__(self, connection: dbapi.Connection, watchdog: Watchdog, read_timeout: float) -> None:
+        """`read_timeout`: seconds without an answer after which the connection counts as frozen."""
         self._connection = connection
+        self._watchdog = watchdog
+        self._read_timeout = read_timeout
+        self._transaction: ServerTransaction | None = None
+        self._is_in_transaction = False
+        self.lost: ServerTransaction | None = None
 
-    def rows(self, sql: str, *parameters: object, doing: str) -> list[tuple[object, ...]]:
+    def rows(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> list[tuple[object, ...]]:
         """The rows of one statement.
 
         Args:
             sql: one statement, with $1, $2, ... for parameters; `$1::text::timestamptz` for a time.
             parameters: their values.
             doing: what is being done, for the error.
+            patience: seconds that the statement may take beyond `read_timeout`.
 
         Raises:
-            DestinationError, PassingError: Postgres refused.
+            DestinationError, PassingError: Postgres refused, or did not answer.
         """
         try:
-            with self._connection.cursor() as cursor:
+            with self._bounded(patience), self._connection.cursor() as cursor:
                 cursor.execute(sql, _bound(parameters))
                 return [tuple(row) for row in cursor.fetchall()]
         except dbapi.Error as error:
-            raise errors.during(error, doing) from None
+            self.explain(error, doing)
 
     def arrow(self, sql: str, *parameters: object, doing: str) -> pa.Table:
         """The rows of one statement as an Arrow table. Raises as `rows`."""
         try:
-            with self._connection.cursor() as cursor:
+            with self._bounded(MERGE_TIMEOUT), self._connection.cursor() as cursor:
                 cursor.execute(sql, _bound(parameters))
                 return cursor.fetch_arrow_table()
         except dbapi.Error as error:
-            raise errors.during(error, doing) from None
+            self.explain(error, doing)
 
-    def execute(self, sql: str, *parameters: object, doing: str) -> None:
+    def execute(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> None:
         """Run one statement whose answer does not matter. Raises as `rows`."""
-        self.rows(sql, *parameters, doing=doing)
+        self.rows(sql, *parameters, doing=doing, patience=patience)
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """BEGIN and COMMIT around a block; ROLLBACK when it raises.
+        """BEGIN and COMMIT around a block; ROLLBACK when it raises. Within another transaction: a part of that one.
 
         READ COMMITTED, because a statement after a lock must see what the lock's last holder committed; READ WRITE,
         because servers may default to read-only.
         """
+        if self._is_in_transaction:
+            yield
+            return
         self.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE", doing="beginning a transaction")
+        self._is_in_transaction = True
         try:
-            self.execute(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}s'", doing="setting lock_timeout")
-            self.execute(
-                f"SET LOCAL idle_in_transaction_session_timeout = '{IDLE_TIMEOUT}s'",
-                doing="setting idle_in_transaction_session_timeout",
+            [(process, started, *_)] = self.rows(
+                _WAITS, f"{LOCK_TIMEOUT}s", f"{IDLE_TIMEOUT}s", doing="setting timeouts"
             )
+            self._transaction = ServerTransaction(int(str(process)), str(started))
             yield
             self.execute("COMMIT", doing="committing")
         except BaseException:
-            with contextlib.suppress(Exception):
-                self.execute("ROLLBACK", doing="rolling back")
+            self._roll_back()
             raise
+        finally:
+            self._transaction, self._is_in_transaction = None, False
 
     def copy(self, schema: str, table: str, batches: pa.Table) -> int:
-        """COPY rows into a table that exists; the columns are the Arrow table's, by name. Gives the number of rows.
+        """COPY rows into a table that exists; the columns are the Arrow table's, by name. Gives the number of rows sent.
 
         Raises:
-            dbapi.Error: Postgres refused; the caller knows which rows these are.
+            dbapi.Error: Postgres refused; the caller knows which rows these are, and lets `explain` speak for the rest.
         """
-        with self._connection.cursor() as cursor:
+        with self._bounded(), self._connection.cursor() as cursor:
             return int(cursor.adbc_ingest(table, batches, mode="append", db_schema_name=schema))
+
+    def explain(self, error: dbapi.Error, doing: str) -> NoReturn:
+        """Raise the error that a user sees for one of the driver's.
+
+        Raises:
+            DestinationError, PassingError: as the driver's error has it; a frozen connection is a passing one.
+        """
+        if self._watchdog.has_acted:
+            raise PassingError(
+                f"Postgres stopped answering while {doing}: nothing for {self._read_timeout:.0f} s (the connection's "
+                "`read_timeout`) and more. The connection was given up."
+            ) from None
+        raise errors.during(error, doing) from None
+
+    def close(self) -> None:
+        """Hang up."""
+        self._connection.close()
+        self._watchdog.close()
+
+    def _bounded(self, patience: float = 0) -> contextlib.AbstractContextManager[None]:
+        return self._watchdog.limit(self._read_timeout + patience)
+
+    def _roll_back(self) -> None:
+        try:
+            self.execute("ROLLBACK", doing="rolling back")
+        except Exception:  # noqa: BLE001 - the error that led here is the one to raise
+            self.lost = self._transaction
 
 
 def _bound(parameters: Sequence[object]) -> list[object] | None:

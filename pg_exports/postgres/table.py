@@ -7,11 +7,14 @@ from pg_exports.errors import DestinationError, SettingsError
 from pg_exports.models import Column, Model
 from pg_exports.postgres import types
 from pg_exports.postgres.identifiers import MAX_BYTES, quoted
-from pg_exports.postgres.session import Session
+from pg_exports.postgres.session import LOCK_TIMEOUT, Session
 from pg_exports.postgres.types import DestinationColumn
 
 OWN_PREFIX = "pg_exports_"
 """How the ledger, the rejected rows and staging tables are named."""
+
+NO_FILE = 0
+"""Stands for the filenode of a partitioned table, which has none."""
 
 CREATION_LOCK = "pg_exports: create tables"
 """What runs that want to create a table queue up behind: CREATE TABLE IF NOT EXISTS alone fails side by side."""
@@ -42,13 +45,22 @@ class Destination:
 
 @dataclass(frozen=True)
 class DestinationTable:
-    """The destination as it is now: the columns that both sides have, and the identity that DROP and TRUNCATE change."""
+    """The destination as it is now.
+
+    Attributes:
+        pairs: the columns that both sides have.
+        oid, filenode: the identity that DROP and TRUNCATE change; a partitioned table has no filenode.
+        partition_filenodes: those of its partitions.
+        has_triggers: triggers or rules of the user's own see rows that are inserted, and may drop or move them.
+    """
 
     destination: Destination
     model: Model
     pairs: list[tuple[Column, DestinationColumn]]
     oid: int
     filenode: int | None
+    partition_filenodes: tuple[int, ...] = ()
+    has_triggers: bool = False
 
     @property
     def qualified(self) -> str:
@@ -66,8 +78,10 @@ class DestinationTable:
         return ", ".join(quoted(name) for name in self.column_names)
 
 
-def ensure(session: Session, destination: Destination, model: Model) -> DestinationTable:
+def ensure(session: Session, destination: Destination, model: Model, *, key_index: bool = False) -> DestinationTable:
     """The destination table, created where it is missing, with everything checked that can be before a row is sent.
+
+    With `key_index` a table that is created gets an index for questions for keys.
 
     Raises:
         DestinationError: the schema, a privilege, a column or a key is missing, or a type cannot hold the values; with
@@ -75,7 +89,7 @@ def ensure(session: Session, destination: Destination, model: Model) -> Destinat
     """
     _check_schema(session, destination)
     if _relation(session, destination) is None:
-        _create(session, destination, model)
+        _create(session, destination, model, key_index=key_index)
     return inspect(session, destination, model)
 
 
@@ -84,17 +98,32 @@ def inspect(session: Session, destination: Destination, model: Model) -> Destina
     relation = _relation(session, destination)
     if relation is None:
         raise DestinationError(f"Table {destination.qualified} is gone: it was dropped a moment ago.")
-    oid, kind, filenode = relation
-    if kind not in ("r", "p"):
+    if relation.kind not in ("r", "p"):
         raise DestinationError(
-            f"{destination.qualified} is no table (relkind {kind}). Set the export's `table` to a table, or to a name "
-            "that is free."
+            f"{destination.qualified} is no table (relkind {relation.kind}). Set the export's `table` to a table, or "
+            "to a name that is free."
         )
-    _check_privileges(session, destination, model, oid)
-    pairs = _matched(destination, model, _columns(session, oid))
+    _check_privileges(session, destination, model, relation.oid)
+    pairs = _matched(destination, model, _columns(session, relation.oid))
     if model.merge:
-        _check_key(session, destination, model, oid)
-    return DestinationTable(destination, model, pairs, oid, filenode)
+        _check_key(session, destination, model, relation.oid)
+    return DestinationTable(
+        destination, model, pairs, relation.oid, relation.filenode, relation.partition_filenodes, relation.has_triggers
+    )
+
+
+def exists(session: Session, destination: Destination) -> bool:
+    """Whether there is a table (or anything else) of that name."""
+    return _relation(session, destination) is not None
+
+
+def lock(session: Session, destination: Destination) -> None:
+    """Keep TRUNCATE, DROP and ALTER TABLE away from the table until the transaction ends; the partitions' own ones too."""
+    session.execute(
+        f"LOCK TABLE {destination.qualified} IN ROW EXCLUSIVE MODE",
+        doing=f"waiting for the table {destination.qualified}",
+        patience=LOCK_TIMEOUT,
+    )
 
 
 def column_types(session: Session, destination: Destination) -> dict[str, str]:
@@ -102,7 +131,7 @@ def column_types(session: Session, destination: Destination) -> dict[str, str]:
     relation = _relation(session, destination)
     if relation is None:
         raise DestinationError(f"Table {destination.qualified} does not exist (yet): materialise the export first.")
-    return {column.name: column.type for column in _columns(session, relation[0])}
+    return {column.name: column.type for column in _columns(session, relation.oid)}
 
 
 def create_statement(destination: Destination, model: Model) -> str:
@@ -113,13 +142,68 @@ def create_statement(destination: Destination, model: Model) -> str:
     return f"CREATE TABLE IF NOT EXISTS {destination.qualified} (\n    " + ",\n    ".join(lines) + "\n)"
 
 
-def create_if_missing(session: Session, statement: str, doing: str) -> None:
-    """Run a CREATE TABLE IF NOT EXISTS in a transaction of its own, one run at a time."""
-    with session.transaction():
-        session.execute(
-            "SELECT pg_advisory_xact_lock(hashtext($1))", CREATION_LOCK, doing=f"waiting for another run before {doing}"
+def missing_index(session: Session, table: DestinationTable) -> str | None:
+    """The CREATE INDEX without which each question for keys reads the whole table; None where there is such an index."""
+    key = table.model.key[0]
+    [(is_there,)] = session.rows(
+        """
+        SELECT EXISTS (
+            SELECT FROM pg_index AS i
+            JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+            WHERE i.indrelid = $1::bigint::oid AND i.indisvalid AND i.indpred IS NULL AND a.attname = $2
         )
-        session.execute(statement, doing=doing)
+        """,
+        table.oid,
+        key,
+        doing="reading the table's indexes",
+    )
+    return None if is_there else create_key_index(table.destination, table.model)
+
+
+def create_key_index(destination: Destination, model: Model) -> str:
+    """The CREATE INDEX for questions for keys. A hash index costs a first load the least."""
+    return f"CREATE INDEX ON {destination.qualified} USING hash ({quoted(model.key[0])})"
+
+
+def _wait_to_create(session: Session, what: str) -> None:
+    """Until the transaction ends, be the only run that creates tables."""
+    session.execute(
+        "SELECT pg_advisory_xact_lock(hashtext($1))",
+        CREATION_LOCK,
+        doing=f"waiting for another run before creating {what}",
+        patience=LOCK_TIMEOUT,
+    )
+
+
+def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
+    """Create one of pg_exports' own tables where it is missing.
+
+    Raises:
+        DestinationError: the role may not create it, or not write the one that another role made; with the GRANT.
+    """
+    rows = session.rows(
+        """
+        SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
+            AND has_table_privilege(c.oid, 'UPDATE')
+        FROM pg_class AS c
+        JOIN pg_namespace AS n ON n.oid = c.relnamespace
+        WHERE n.nspname = $1 AND c.relname = $2
+        """,
+        schema,
+        name,
+        doing=f"looking up {name}",
+    )
+    table = quoted(schema, name)
+    if not rows:
+        check_may_create(session, schema, f"the table {table}")
+        with session.transaction():
+            _wait_to_create(session, table)
+            session.execute(create, doing=f"creating {table}")
+    elif not rows[0][1]:
+        raise DestinationError(
+            f"The role {rows[0][0]} may not write {table}, which another role made. Run as its owner: "
+            f"GRANT INSERT, SELECT, UPDATE ON {table} TO {quoted(str(rows[0][0]))};"
+        )
 
 
 def check_may_create(session: Session, schema: str, what: str) -> None:
@@ -173,24 +257,67 @@ def _check_schema(session: Session, destination: Destination) -> None:
         )
 
 
-def _relation(session: Session, destination: Destination) -> tuple[int, str, int | None] | None:
+@dataclass(frozen=True)
+class _Relation:
+    oid: int
+    kind: str
+    filenode: int | None
+    partition_filenodes: tuple[int, ...]
+    has_triggers: bool
+
+
+def _relation(session: Session, destination: Destination) -> _Relation | None:
     rows = session.rows(
         """
-        SELECT c.oid::bigint, c.relkind::text, pg_relation_filenode(c.oid)::bigint
-        FROM pg_class AS c
-        JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        WHERE n.nspname = $1 AND c.relname = $2
+        WITH
+            relation AS (
+                SELECT c.oid, c.relkind, c.relhasrules
+                FROM pg_class AS c
+                JOIN pg_namespace AS n ON n.oid = c.relnamespace
+                WHERE n.nspname = $1 AND c.relname = $2
+            ),
+            leaves AS (
+                SELECT t.relid AS oid
+                FROM relation AS r
+                CROSS JOIN pg_partition_tree(r.oid) AS t
+                WHERE r.relkind = 'p' AND t.isleaf
+            )
+        SELECT
+            r.oid::bigint,
+            r.relkind::text,
+            pg_relation_filenode(r.oid)::bigint,
+            (SELECT string_agg(pg_relation_filenode(oid)::text, ' ') FROM leaves),
+            r.relhasrules OR EXISTS (
+                SELECT FROM pg_trigger
+                WHERE tgrelid IN (SELECT r.oid UNION ALL SELECT oid FROM leaves)
+                    AND NOT tgisinternal AND tgenabled <> 'D' AND (tgtype & 4) <> 0
+            )
+        FROM relation AS r
         """,
         destination.schema,
         destination.table,
         doing="looking up the table",
     )
-    return (rows[0][0], rows[0][1], rows[0][2]) if rows else None  # type: ignore[return-value]  # as the query says
+    if not rows:
+        return None
+    [(oid, kind, filenode, leaves, has_triggers)] = rows
+    return _Relation(
+        int(str(oid)),
+        str(kind),
+        None if filenode is None else int(str(filenode)),
+        tuple(sorted(map(int, str(leaves or "").split()))),
+        bool(has_triggers),
+    )
 
 
-def _create(session: Session, destination: Destination, model: Model) -> None:
+def _create(session: Session, destination: Destination, model: Model, *, key_index: bool) -> None:
     check_may_create(session, destination.schema, f"the table {destination.qualified}")
-    create_if_missing(session, create_statement(destination, model), f"creating {destination.qualified}")
+    with session.transaction():
+        _wait_to_create(session, destination.qualified)
+        if _relation(session, destination) is None:
+            session.execute(create_statement(destination, model), doing=f"creating {destination.qualified}")
+            if key_index:
+                session.execute(create_key_index(destination, model), doing=f"indexing {destination.qualified}")
 
 
 def _check_privileges(session: Session, destination: Destination, model: Model, oid: int) -> None:

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from adbc_driver_postgresql import dbapi
 
@@ -78,12 +79,49 @@ def start(certificates: Certificates | None, *, settings: dict[str, str] | None 
     """
     binaries = find_binaries()
     owner = _owner()
+    with _new_folder(owner) as folder:
+        data = folder / "data"
+        initdb: list[str | Path] = [binaries / "initdb", "-D", data, "-U", SUPERUSER, "--auth=trust", "--no-sync"]
+        _run([*initdb, "-E", "UTF8", "--locale=C"], owner)
+        return _start(binaries, folder, certificates, settings or {}, owner)
+
+
+def start_standby(primary: PostgresServer, certificates: Certificates | None) -> PostgresServer:
+    """Copy a running cluster, and start the copy as a read-only standby that follows it, on a port of its own.
+
+    Args:
+        primary: the cluster. Its roles, databases and rows are the standby's too.
+        certificates: the standby's certificate and key.
+
+    Raises:
+        PostgresSandboxError: it cannot be copied, or the standby did not come up.
+    """
+    binaries = find_binaries()
+    owner = _owner()
+    follow = f"host={primary.folder} port={primary.port} user={SUPERUSER}"
+    with _new_folder(owner) as folder:
+        copy: list[str | Path] = [
+            binaries / "pg_basebackup",
+            "-d",
+            follow,
+            "-D",
+            folder / "data",
+            "--write-recovery-conf",
+        ]
+        _run([*copy, "--checkpoint=fast", "--no-sync"], owner)
+        # `_configure` writes the file anew in which pg_basebackup has put this.
+        return _start(binaries, folder, certificates, {"primary_conninfo": f"'{follow}'"}, owner)
+
+
+@contextlib.contextmanager
+def _new_folder(owner: pwd.struct_passwd | None) -> Iterator[Path]:
+    """A private folder of the server's user for a cluster; where the block fails, cluster and folder are gone."""
     # A TMPDIR of root's own may be closed to the server's user.
     folder = Path(tempfile.mkdtemp(prefix="pg_exports_postgres_", dir="/tmp" if owner else None))  # noqa: S108
     try:
         if owner:
             os.chown(folder, owner.pw_uid, owner.pw_gid)
-        return _start(binaries, folder, certificates, settings or {}, owner)
+        yield folder
     except BaseException:
         stop(PostgresServer(HOST, 0, folder, folder / "server.log"))
         raise
@@ -97,8 +135,6 @@ def _start(
     owner: pwd.struct_passwd | None,
 ) -> PostgresServer:
     data, log = folder / "data", folder / "server.log"
-    initdb: list[str | Path] = [binaries / "initdb", "-D", data, "-U", SUPERUSER, "--auth=trust", "--no-sync"]
-    _run([*initdb, "-E", "UTF8", "--locale=C"], owner)
     for _ in range(5):
         port = _free_port()
         _configure(data, folder, port, certificates, settings, owner)
@@ -112,6 +148,21 @@ def _start(
         if "could not create any TCP/IP sockets" not in _tail(log):
             break
     raise PostgresSandboxError(f"PostgreSQL did not start in {folder}:\n{_tail(log)}{process.stderr}")
+
+
+def restart(server: PostgresServer, mode: Literal["fast", "immediate"] = "fast") -> None:
+    """Stop a cluster and start it again, where it was.
+
+    Args:
+        server: the cluster.
+        mode: `fast` ends every session with a word and rolls its transaction back; `immediate` is a crash, which may lose
+            what was just committed unless the cluster was started with `synchronous_commit` on.
+
+    Raises:
+        PostgresSandboxError: it did not come up again.
+    """
+    stop_and_start: list[str | Path] = [find_binaries() / "pg_ctl", "restart", "-D", server.folder / "data", "-m", mode]
+    _run([*stop_and_start, "-l", server.log, "-w", "-t", str(int(START_TIMEOUT)), "-s"], _owner())
 
 
 def stop(server: PostgresServer) -> None:
@@ -218,9 +269,8 @@ def _configure(
     lines |= settings
     (data / "postgresql.auto.conf").write_text("".join(f"{name} = {value}\n" for name, value in lines.items()))
     network = "hostssl" if certificates else "host"
-    (data / "pg_hba.conf").write_text(
-        f"local all {SUPERUSER} trust\n{network} all all 127.0.0.1/32 scram-sha-256\n{network} all all ::1/128 scram-sha-256\n"
-    )
+    everybody = "".join(f"{network} all all {address} scram-sha-256\n" for address in ("127.0.0.1/32", "::1/128"))
+    (data / "pg_hba.conf").write_text(f"local all,replication {SUPERUSER} trust\n{everybody}")
 
 
 def _owner() -> pwd.struct_passwd | None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from pg_exports.models import MODELS, Model, Query, Selection
+from pg_exports.models import IDENTITY, MODELS, Model, Query, Selection
 from pg_exports.sandbox import source_tables
 from pg_exports_tests.conftest import SAMPLE_HOURS, TEAM, Source
 from pg_exports_tests.source_rows import HOUR
@@ -98,7 +98,8 @@ def test_a_query_gives_the_models_columns_of_the_team_alone(model: Model, sample
         with sample.resource().frames(query, model, log_comment="") as frames:
             rows = 0
             for frame in frames:
-                assert frame.columns == [column.name for column in model.columns]
+                identity = [IDENTITY] if model.fingerprints else []
+                assert frame.columns == [*(column.name for column in model.columns), *identity]
                 assert set(frame["team_id"]) == {team_id}
                 assert frame.select(model.key).is_unique().all()
                 rows += frame.height

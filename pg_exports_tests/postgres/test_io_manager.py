@@ -186,9 +186,12 @@ def test_each_interval_is_one_transaction_from_its_locks_to_its_ledger(
     source.insert("person", person(hour, uuid.UUID(int=1), 1))
     source.insert("person_distinct_id2", mapping(hour, "a", uuid.UUID(int=1)))
     before = sandbox.postgres.log.stat().st_size
-    for export in (export_of("events", target, hour), export_of("persons", target, hour)):
+    events, persons = export_of("events", target, hour), export_of("persons", target, hour)
+    for export in (events, persons):
         assert run(export, partition_key(hour)).counts == (1, 0, 0)
-        assert run(export, partition_key(hour)).counts == (0, 0, 1)
+    source.insert("events", event(hour))
+    assert run(events, partition_key(hour)).counts == (1, 0, 1)
+    assert run(persons, partition_key(hour)).counts == (0, 0, 1)
     with sandbox.postgres.log.open() as log:
         log.seek(before)
         text = log.read()

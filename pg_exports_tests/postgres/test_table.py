@@ -10,7 +10,7 @@ from pg_exports.models import Model
 from pg_exports.models.events import EVENTS
 from pg_exports.models.persons import PERSONS
 from pg_exports.models.sessions import SESSIONS
-from pg_exports.postgres import ledger
+from pg_exports.postgres import journal, ledger
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import MAX_BYTES, quoted
 from pg_exports.postgres.merge import Merged
@@ -104,7 +104,7 @@ def test_schema_and_table_may_be_called(name: str, target: Target) -> None:
         tables_there = strange.rows(
             "SELECT tablename::text FROM pg_tables WHERE schemaname = current_schema() ORDER BY tablename::text"
         )
-        assert {row[0] for row in tables_there} == {name, name[:-1], ledger.TABLE}
+        assert {row[0] for row in tables_there} == {name, name[:-1], ledger.TABLE, journal.TABLE}
     finally:
         target.sandbox.postgres.execute(f"DROP SCHEMA {quoted(name)} CASCADE", database=DATABASE)
 

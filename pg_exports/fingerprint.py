@@ -1,0 +1,33 @@
+"""Fingerprints: what tells one set of rows from another, on the source's side and on what was read of it."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import polars as pl
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The number of rows, and the XOR and the sum (modulo 2^64) of the hashes that identify them.
+
+    Equal for the same rows in whatever order, and it can be taken of parts and added.
+    """
+
+    rows: int = 0
+    xor: int = 0
+    sum: int = 0
+
+    @classmethod
+    def of(cls, identities: pl.Series) -> "Fingerprint":
+        """The fingerprint of rows by their identities (UInt64, each once)."""
+        if identities.is_empty():
+            return cls()
+        xor, total = identities.bitwise_xor(), identities.sum()
+        return cls(len(identities), cast("int", xor), cast("int", total))
+
+    def __add__(self, other: "Fingerprint") -> "Fingerprint":
+        return Fingerprint(self.rows + other.rows, self.xor ^ other.xor, (self.sum + other.sum) % 2**64)
+
+    def __str__(self) -> str:
+        """As the ledger keeps it."""
+        return f"{self.rows}:{self.xor:016x}:{self.sum:016x}"

@@ -1,0 +1,109 @@
+"""A watchdog for one connection: it frees a driver call that waits for a server which does not answer.
+
+libpq waits for ever where nothing is unsent and the server's kernel is alive, whatever the TCP settings, and cancelling
+from this side does not wake it. Shutting its socket down does, at once.
+"""
+
+import contextlib
+import os
+import socket
+import stat
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+
+POLL_SECONDS = 0.25
+"""How often the watchdog looks at the clock."""
+
+
+class Watchdog:
+    """Shuts a connection's socket down when a block takes longer than it may.
+
+    Attributes:
+        has_acted: the connection was frozen, and is gone.
+    """
+
+    def __init__(self, find: Callable[[], socket.socket | None]) -> None:
+        """`find`: gives a socket of the watchdog's own on the connection, while that is still being made."""
+        self._find = find
+        self._socket: socket.socket | None = None
+        self._deadline: float | None = None
+        self._over = threading.Event()
+        self.has_acted = False
+        threading.Thread(target=self._watch, name="pg_exports watchdog", daemon=True).start()
+
+    def keep(self, connection: socket.socket | None) -> None:
+        """Watch this connection, which was made; None where it was not found among others."""
+        self._find = lambda: None
+        self._socket = connection
+
+    @contextlib.contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """Let the block take so many seconds."""
+        self._deadline = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._deadline = None
+
+    def close(self) -> None:
+        """Watch no longer, and let go of the socket."""
+        self._over.set()
+        if self._socket:
+            self._socket.close()
+
+    def _watch(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            deadline = self._deadline
+            if deadline is not None and time.monotonic() > deadline:
+                found = self._socket or self._find()
+                if found:
+                    self.has_acted = True
+                    with contextlib.suppress(OSError):
+                        found.shutdown(socket.SHUT_RDWR)
+                return
+
+
+def open_sockets() -> dict[tuple[int, int], int]:
+    """This process's sockets: their descriptors by device and inode."""
+    found: dict[tuple[int, int], int] = {}
+    for name in os.listdir("/dev/fd"):  # noqa: PTH208 - names are all there is to a descriptor
+        with contextlib.suppress(OSError):
+            status = os.fstat(int(name))
+            if stat.S_ISSOCK(status.st_mode):
+                found[status.st_dev, status.st_ino] = int(name)
+    return found
+
+
+def new_connection(
+    before: Collection[tuple[int, int]], server_port: int, client_port: Callable[[], int | None] = lambda: None
+) -> socket.socket | None:
+    """A socket of the caller's own on the one connection to a port that was not there before; None where that is not sure.
+
+    Args:
+        before: the keys of `open_sockets` then.
+        server_port: the port that the connection goes to.
+        client_port: gives the port that the server sees it come from; asked where several go there.
+    """
+    sockets: list[socket.socket] = []
+    for key, descriptor in open_sockets().items():
+        if key not in before:
+            with contextlib.suppress(OSError):
+                sockets.append(socket.socket(fileno=os.dup(descriptor)))
+    found = [candidate for candidate in sockets if _port(candidate.getpeername) == server_port]
+    if len(found) > 1:
+        port = client_port()
+        found = [candidate for candidate in found if _port(candidate.getsockname) == port]
+    chosen = found[0] if len(found) == 1 else None
+    for candidate in sockets:
+        if candidate is not chosen:
+            candidate.close()
+    return chosen
+
+
+def _port(address: Callable[[], object]) -> int | None:
+    with contextlib.suppress(OSError):
+        value = address()
+        if isinstance(value, tuple):
+            return int(value[1])
+    return None
