@@ -233,16 +233,18 @@ def materialise(
             tags=tags,
             raise_on_error=False,
         )
-        log = [entry.user_message for entry in instance.all_logs(result.run_id)]
+        entries = instance.all_logs(result.run_id)
+    # The result's own events lack those that a failing step has logged itself.
+    events = [entry.dagster_event for entry in entries if entry.dagster_event]
     metadata = {
         str(event.partition): {
             name: value.value for name, value in event.step_materialization_data.materialization.metadata.items()
         }
-        for event in result.all_events
+        for event in events
         if event.is_step_materialization
     }
-    failures = [event.step_failure_data for event in result.all_events if event.is_step_failure]
-    return Run(_text(failures[0]) if failures else None, metadata, log, result.all_events)
+    failures = [event.step_failure_data for event in events if event.is_step_failure]
+    return Run(_text(failures[0]) if failures else None, metadata, [entry.user_message for entry in entries], events)
 
 
 def _text(failure: Any) -> str:

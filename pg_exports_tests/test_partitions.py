@@ -13,7 +13,7 @@ from dagster._utils.schedules import cron_string_iterator
 from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource
 from pg_exports.errors import SettingsError
 from pg_exports.interval import Interval
-from pg_exports.partitions import Grid, IntervalLength, intervals, unsettled
+from pg_exports.partitions import Grid, IntervalLength, intervals, recent, unsettled
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, materialise
 
 LATER = datetime(2040, 1, 1, tzinfo=UTC)
@@ -275,6 +275,68 @@ def test_a_range_far_into_the_future_is_refused_at_once() -> None:
     partitions = Grid("every 5 minutes", "UTC").partitions("2026-11-20")
     with pytest.raises(SettingsError, match="not over"):
         intervals(partitions, "2026-11-20-00:00", "9000-01-01-00:00", utc("2026-11-22"))
+
+
+# The latest intervals
+
+
+def latest(grid: Grid, start: str, now: str, count: int = 24) -> tuple[Interval, ...]:
+    found = recent(grid.partitions(start), count, utc(now))
+    assert all(interval.start.tzinfo is interval.end.tzinfo is UTC for interval in found)
+    assert all(before.end == after.start for before, after in itertools.pairwise(found))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("grid", "now", "first", "last"),
+    [
+        (Grid("every 5 minutes", "UTC"), "2026-11-20T13:59:59", "2026-11-20-11:55", "2026-11-20-13:50"),
+        (Grid("every 15 minutes", "Asia/Kathmandu"), "2026-11-20T13:50", "2026-11-20-13:30", "2026-11-20-19:15"),
+        (Grid("hour", "UTC"), "2026-11-20T13:59", "2026-11-19-13:00", "2026-11-20-12:00"),
+        (Grid("hour", "Asia/Kolkata"), "2026-11-20T13:29", "2026-11-19-18:00", "2026-11-20-17:00"),
+        (Grid("day", "UTC", offset_hour=5), "2026-11-20T04:59", "2026-10-26", "2026-11-18"),
+        (Grid("week", "UTC", offset_day=1), "2026-11-20T13:00", "2026-06-01", "2026-11-09"),
+    ],
+    ids=str,
+)
+def test_the_latest_intervals_are_the_last_ones_that_are_over_oldest_first(
+    grid: Grid, now: str, first: str, last: str
+) -> None:
+    found = latest(grid, "2026-01-05", now)
+    assert [len(found), found[0].partition_key, found[-1].partition_key] == [24, first, last]
+    assert found[-1].end <= utc(now) < found[-1].end + (found[-1].end - found[-1].start)
+
+
+@pytest.mark.parametrize("interval", ["every 5 minutes", "every 15 minutes", "hour", "day", "week"])
+def test_an_interval_is_among_the_latest_from_its_end_on(interval: IntervalLength) -> None:
+    grid, start = Grid(interval, "UTC"), utc("2026-11-15")
+    [first] = of_range(grid, "2026-11-15", keys(grid, "2026-11-15", "2026-11-23")[0])
+    for now, count in ((start, 0), (first.end - timedelta(microseconds=1), 0), (first.end, 1), (first.end + HOUR, 1)):
+        found = recent(grid.partitions("2026-11-15"), 24, now)
+        assert found[:1] == (first,) * count
+    assert recent(grid.partitions("2026-11-15"), 24, start - timedelta(days=400)) == ()
+
+
+# Where clocks change by half an hour, Dagster names hours of the other half of the year wrongly.
+@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid != Grid("hour", "Australia/Lord_Howe")], ids=str)
+@pytest.mark.parametrize("now", ["2026-03-29T12:00", "2026-10-25T12:00", "2026-11-01T12:00"])
+def test_across_a_change_of_clocks_the_latest_intervals_are_those_of_a_range(grid: Grid, now: str) -> None:
+    found = latest(grid, "2026-03-01", now, 100)
+    assert found == of_range(grid, "2026-03-01", found[0].partition_key, found[-1].partition_key)
+    assert found[-1].end <= utc(now)
+
+
+def test_days_of_23_and_25_hours_and_a_repeated_hours_quarters_are_among_the_latest() -> None:
+    berlin = "Europe/Berlin"
+    for start, now, hours in (("2026-03-01", "2026-03-30T22:00", 23), ("2026-10-01", "2026-10-26T23:00", 25)):
+        lengths = [interval.end - interval.start for interval in latest(Grid("day", berlin), start, now, 3)]
+        assert lengths == [24 * HOUR, hours * HOUR, 24 * HOUR]
+    quarters = latest(Grid("every 15 minutes", berlin), "2026-10-20", "2026-10-25T02:00", 9)
+    assert [quarter.partition_key for quarter in quarters] == [
+        "2026-10-25-01:45",
+        *(f"2026-10-25-02:{minute}{fold}" for fold in ("", "+0100") for minute in ("00", "15", "30", "45")),
+    ]
+    assert [quarter.start for quarter in quarters] == [utc("2026-10-24T23:45") + n * HOUR / 4 for n in range(9)]
 
 
 # Runs

@@ -39,7 +39,7 @@ FRAME_TYPES: Mapping[Kind, pl.DataType] = {
 """The Polars type of each kind of column in a frame."""
 
 IDENTITY = "identity"
-"""A column of frames beside the model's own, for a model with fingerprints: a 64-bit hash (UInt64) of what identifies a row."""
+"""A column of frames beside the model's own, of models with fingerprints: a 64-bit hash (UInt64) of what identifies a row."""
 
 AS_READ = "as_read"
 """A column of frames beside the model's own, in those frames alone that need it: what a row's values were before they were

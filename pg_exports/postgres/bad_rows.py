@@ -153,7 +153,7 @@ def bad_rows(frame: pl.DataFrame, reasons: Mapping[int, tuple[str | None, str]],
             cut = {name: value[:KEPT_CHARACTERS] if isinstance(value, str) else value for name, value in row.items()}
             text = json.dumps(cut, default=str)
             reason = (
-                f"{reason} The row is too great to be kept: of each text the first {KEPT_CHARACTERS} characters are."
+                f"{reason}\nThe row is too great to be kept: of each text the first {KEPT_CHARACTERS} characters are."
             )
         bad.append(BadRow(json.dumps(key, default=str), column, reason, text))
     return bad

@@ -129,7 +129,7 @@ def _copy(
         except dbapi.Error as error:
             row = _refused_row(error, into)
             if row is None or row >= frame.height:
-                raise errors.during(error, f"copying rows into {table.qualified}") from None
+                session.explain(error, f"copying rows into {table.qualified}")
             bad[begin + row] = None, errors.server_message(error)
             if on_bad_rows == "fail":
                 break

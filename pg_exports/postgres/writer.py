@@ -55,6 +55,7 @@ def write(
         past = ledger.past(session, table, interval, export=export.export, team_id=export.team_id, run_id=run_id)
         if past.by_this_run:
             return past.by_this_run
+        rejected.resolve(session, table, export.export, interval)
         written = _unchanged(export, interval, past) or _load(session, table, export, interval, past, run_id, log)
         ledger.record(
             session,
@@ -97,7 +98,6 @@ def _load(
     there = journal.read(session, table, export.team_id, interval) if is_known else pl.Series(IDENTITY, [], pl.UInt64)
     sieve = Sieve(there)
     record = Journal(session, table, export.team_id, interval, run_id)
-    rejected.resolve(session, table, export.export, interval)
     copy = functools.partial(
         ingest.copy_frames,
         session,

@@ -22,7 +22,7 @@ class End(Enum):
 
 
 Spoil = Callable[[bytes], bytes]
-"""What of a whole Arrow answer is sent."""
+"""What of a whole Arrow answer is sent. An answer that is sent whole ends as HTTP has it."""
 
 
 def messages(answer: bytes) -> list[bytes]:
@@ -59,8 +59,9 @@ def faulty_proxy(upstream_port: int, spoil: Spoil, end: End) -> Iterator[int]:
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             is_arrow = answer.headers.get("X-ClickHouse-Format") == "ArrowStream"
-            self._send_chunk(spoil(answer.data) if is_arrow else answer.data)
-            if is_arrow and end is not End.CLEAN:
+            sent = spoil(answer.data) if is_arrow else answer.data
+            self._send_chunk(sent)
+            if sent != answer.data and end is not End.CLEAN:
                 self.close_connection = True
                 if end is End.FROZEN:
                     over.wait(60)

@@ -1,12 +1,14 @@
 """An Arrow stream is complete, or it is an error: every place at which it may end, on streams of real bytes."""
 
 import io
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 import pytest
 
-from pg_exports.clickhouse.arrow import END_OF_STREAM, TAIL_BYTES, InvalidTextError, TruncatedStreamError, batches
+from pg_exports.clickhouse.arrow import END_OF_STREAM, TAIL_BYTES, TruncatedStreamError, batches
+from pg_exports.models import AS_READ
 
 EXCEPTION = (
     "\r\n__exception__\r\nabcdefghijklmnop\r\n"
@@ -104,7 +106,33 @@ def test_rows_before_the_break_are_given_before_the_error() -> None:
         next(given)
 
 
-def test_a_text_that_is_no_utf8_is_an_error_that_names_its_column() -> None:
-    data = stream("one", "\x01\x02\x03\x04").replace(b"\x01\x02\x03\x04", b"\xff\xfe\xfd\xfc")
-    with pytest.raises(InvalidTextError, match="word holds a text that is no UTF-8"):
-        words(data)
+def test_wrong_bytes_become_replacement_characters_beside_what_they_were() -> None:
+    text = ["good", None, "4444", "Zo\u00eb", "333é"]
+    texts = pa.record_batch({"word": text, "words": [["a", "4444", None], None, [], ["b"], ["c"]], "n": range(5)})
+    [batch] = batches(io.BytesIO(spoilt(texts, {b"4444": b"a\xffb\xe2", b"333": b"\xf0\x9f\x98"})))
+    assert batch["word"].to_pylist() == ["good", None, "a\ufffdb\ufffd", "Zo\u00eb", "\ufffdé"]
+    assert batch["words"].to_pylist() == [["a", "a\ufffdb\ufffd", None], None, [], ["b"], ["c"]]
+    assert batch["n"].to_pylist() == list(range(5))
+    was = [text and json.loads(text) for text in batch[AS_READ].to_pylist()]
+    assert was[1] is was[3] is None
+    assert was[0] == {"words": ["a", "a\udcffb\udce2", None]}
+    assert was[2] == {"word": "a\udcffb\udce2"}
+    assert was[4] == {"word": "\udcf0\udc9f\udc98é"}
+
+
+def test_a_batch_of_good_text_has_no_column_more() -> None:
+    good = pa.record_batch({"word": ["\ufffd", "\x00", "🦔"]})
+    [batch] = batches(io.BytesIO(spoilt(good, {})))
+    assert batch.equals(good)
+
+
+def spoilt(batch: pa.RecordBatch, bytes_for: Mapping[bytes, bytes]) -> bytes:
+    """A stream of one batch, some of whose texts are other bytes of the same length."""
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    data = sink.getvalue()
+    for text, wrong in bytes_for.items():
+        assert len(text) == len(wrong)
+        data = data.replace(text, wrong)
+    return data

@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from pg_exports.errors import DestinationError
-from pg_exports.models import Model
+from pg_exports.models import AS_READ, IDENTITY, Model
 from pg_exports.models.events import EVENTS
 from pg_exports.models.model import FRAME_TYPES
 from pg_exports.models.persons import PERSONS
@@ -169,6 +169,24 @@ def test_rows_that_no_partition_takes_are_an_error_and_the_others_land_in_theirs
     assert target.count("january") == 3
     with pytest.raises(DestinationError, match="no partition of relation"):
         load(target, EVENTS, event(4, timestamp=MOMENT.replace(month=2, day=1)))
+
+
+def test_rows_that_went_in_are_told_with_their_identity_and_those_that_did_not_are_not(target: Target) -> None:
+    documents = ['{"a": 1}', r'{"a": "\u0000"}', '{"a": NaN}', "{}"]
+    rows = [event(n, properties=text, event="x" * 201 if text == "{}" else "e") for n, text in enumerate(documents)]
+    frames = [frame(EVENTS, row).with_columns(pl.lit(n, pl.UInt64).alias(IDENTITY)) for n, row in enumerate(rows)]
+    # Only some frames have this column.
+    frames[0] = frames[0].with_columns(pl.lit(json.dumps({"event": "\udcff"})).alias(AS_READ))
+    landed: list[pl.DataFrame] = []
+    rejected: list[BadRow] = []
+    with target.resource().session() as session:
+        table = tables.ensure(session, Destination(None, target.schema, "events"), EVENTS)
+        with session.transaction():
+            done = ingest.copy_frames(session, table, "events", frames, "repair", rejected.extend, landed.append)
+    assert sorted(pl.concat(landed)[IDENTITY]) == [0, 1]
+    assert sorted(json.loads(bad.row)["uuid"] for bad in rejected) == [UUID.format(2), UUID.format(3)]
+    assert (done.rows, done.repaired, done.rejected) == (2, 2, 2)
+    assert target.count("events") == 2
 
 
 def test_a_table_with_row_level_security_is_refused_in_postgress_words(target: Target) -> None:

@@ -2,8 +2,10 @@
 
 import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from adbc_driver_postgresql import dbapi
@@ -38,6 +40,45 @@ def test_a_server_that_does_not_start_says_why_and_leaves_no_files() -> None:
         postgres_server.start(None, settings={"no_such_setting": "1"})
     [folder] = re.findall(r"did not start in (\S+):", str(failed.value))
     assert not Path(folder).exists()
+
+
+@pytest.mark.parametrize("mode", ["fast", "immediate"])
+def test_a_restarted_server_is_where_it_was_with_what_was_committed_and_without_its_sessions(
+    mode: Literal["fast", "immediate"],
+) -> None:
+    server = postgres_server.start(None, settings={"synchronous_commit": "on"})
+    try:
+        server.execute("CREATE TABLE things AS SELECT 1 AS n")
+        with postgres_server.admin(server) as before, before.cursor() as cursor:
+            postgres_server.restart(server, mode)
+            with pytest.raises(dbapi.Error, match=r"server closed the connection|terminating connection"):
+                cursor.execute("SELECT n FROM things")
+        assert server.rows("SELECT n FROM things") == [(1,)]
+    finally:
+        postgres_server.stop(server)
+
+
+def test_a_standby_follows_its_primary_speaks_tls_and_writes_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
+    primary = postgres_server.start(certificates.issue(tmp_path))
+    try:
+        primary.execute("CREATE TABLE things AS SELECT 1 AS n")
+        standby = postgres_server.start_standby(primary, sandbox.certificates)
+        try:
+            assert standby.port != primary.port
+            assert standby.rows("SELECT pg_is_in_recovery(), current_setting('ssl'), n FROM things") == [
+                (True, "on", 1)
+            ]
+            with pytest.raises(dbapi.Error, match="read-only transaction"):
+                standby.execute("INSERT INTO things VALUES (2)")
+            primary.execute("INSERT INTO things VALUES (2)")
+            deadline = time.monotonic() + 10
+            while standby.rows("SELECT n FROM things ORDER BY n") != [(1,), (2,)]:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            postgres_server.stop(standby)
+    finally:
+        postgres_server.stop(primary)
 
 
 def test_the_superuser_is_reached_by_the_socket_in_the_private_folder_alone(sandbox: Sandbox) -> None:

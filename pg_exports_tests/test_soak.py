@@ -1,0 +1,27 @@
+"""The soak in short: a few rounds of a fixed seed. `make soak` plays more of them, with seeds of its own."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from pg_exports.sandbox import Sandbox
+from pg_exports_tests.conftest import Source, Target
+from pg_exports_tests.faults import with_own_postgres
+from pg_exports_tests.soak import soak
+
+SEED, ROUNDS = int(os.environ.get("SEED", "7")), int(os.environ.get("ROUNDS", "3"))
+
+
+@pytest.fixture
+def own_target(sandbox: Sandbox) -> Iterator[Target]:
+    """An empty Postgres that may be restarted."""
+    with with_own_postgres(sandbox) as running:
+        yield Target(running, "public")
+
+
+def test_whatever_strikes_exports_at_whatever_moment_the_destination_ends_with_exactly_the_sources_rows(
+    source: Source, own_target: Target
+) -> None:
+    summary = soak(source, own_target, seed=SEED, rounds=ROUNDS, events=2_000, longest=3)
+    assert summary.faults.total() == ROUNDS
