@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo test dev lint clean sandbox postgresql
+.PHONY: help demo test dev lint clean sandbox postgresql pgbouncer
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -23,7 +23,7 @@ demo: sandbox ## Export three days of sample data, and show what landed
 dev: sandbox ## The sandbox and Dagster's UI
 	@$(BIN)/dg dev
 
-test: lint postgresql ## Every check and test
+test: lint postgresql pgbouncer ## Every check and test
 	@$(BIN)/python -m pytest
 
 lint: .venv/installed ## Format, lint, types, definitions
@@ -46,6 +46,11 @@ postgresql: .venv/installed
 	@$(BIN)/python -m pg_exports.sandbox check 2>/dev/null \
 		|| { command -v apt-get >/dev/null && $(APT) update -qq && $(APT) install -qq -y postgresql >/dev/null; } \
 		|| $(BIN)/python -m pg_exports.sandbox check
+
+# Where it cannot be installed, the tests that need it fail and say how.
+pgbouncer:
+	@PATH="$$PATH:/usr/sbin" command -v pgbouncer >/dev/null || ! command -v apt-get >/dev/null \
+		|| { $(APT) update -qq && $(APT) install -qq -y pgbouncer >/dev/null; } || true
 
 .venv/installed: pyproject.toml deploy/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -68,6 +68,10 @@ BYTES_AN_INTERVAL = 10_000
 """Bytes of any interval."""
 
 SECONDS_AN_INTERVAL = 0.4
+"""What an export takes for one."""
+
+SECONDS_A_QUERY = 0.1
+"""What ClickHouse takes for one."""
 
 READ_TIMEOUT = 2
 """Seconds of both connections."""
@@ -103,8 +107,9 @@ class Round:
     """Runs at the same time, and the fault that strikes them.
 
     Attributes:
-        share: how far on its way the first run is then: of the bytes that it sends, or of the time that it takes.
-        by_bytes: which of the two.
+        share: how far on its way the first run is then: of the bytes that it sends, or of the time that it takes; where
+            ClickHouse is at fault, of the queries that it asks.
+        by_bytes: which of the first two.
         frozen: seconds until what was frozen moves again.
         prunes: key journals are pruned before it.
     """
@@ -239,6 +244,7 @@ class Scene:
     """What a fault can strike."""
 
     round: Round
+    began: datetime
     source: Source
     target: Target
     processes: list[Process]
@@ -260,35 +266,63 @@ class Scene:
         }
         actions[self.round.fault]()
 
-    def thaw(self) -> None:
-        self.clickhouse.thaw()
-        self.postgres.thaw()
-
+    @property
     def is_over(self) -> bool:
         return not any(process.is_running for process in self.processes)
 
 
-def strike(scene: Scene, events: int) -> str | None:
-    """Strike at the round's moment. Gives what was being written just then; None where the runs were over before."""
-    first = scene.round.orders[0]
-    seen: list[str] = []
+@dataclass(frozen=True)
+class Struck:
+    """What a fault met: what transactions that had written rows were doing, and how much of its range the first run had
+    committed.
+    """
+
+    writing: str
+    committed: int
+    intervals: int
+
+    @property
+    def is_within_range(self) -> bool:
+        return bool(self.writing) or 0 < self.committed < self.intervals
+
+    def __str__(self) -> str:
+        return f"{self.writing or 'nothing written'}, {self.committed} of {self.intervals} done"
+
+
+def strike(scene: Scene, events: int) -> Struck | None:
+    """Strike at the round's moment. Gives what it met; None where the runs were over before."""
+    first, share = scene.round.orders[0], scene.round.share
+    seen: list[Struck] = []
 
     def act() -> None:
-        seen.append(being_written(scene.target))
+        done = newly_committed(scene.target, first, scene.began)
+        seen.append(Struck(being_written(scene.target), done, first.intervals))
         scene.strike()
 
-    if scene.round.by_bytes:
-        done = scene.postgres.after(int(scene.round.share * bytes_to_send(scene.target, first, events)), act)
-        while not done.wait(0.02) and not scene.is_over():
-            pass
-    elif _wait(lambda: scene.postgres.connections_made > 0, scene.is_over):
-        time.sleep(scene.round.share * SECONDS_AN_INTERVAL * first.intervals)
-        if not scene.is_over():
+    if "ClickHouse" in scene.round.fault:
+        queries, rest = divmod(share * first.intervals, 1)
+        if wait(lambda: scene.clickhouse.connections_made > queries, scene):
+            time.sleep(rest * SECONDS_A_QUERY)
+            act()
+    elif scene.round.by_bytes:
+        done = scene.postgres.after(int(share * bytes_to_send(scene.target, first, events)), act)
+        wait(done.is_set, scene)
+    elif wait(lambda: scene.postgres.connections_made > 0, scene):
+        time.sleep(share * SECONDS_AN_INTERVAL * first.intervals)
+        if not scene.is_over:
             act()
     if "freeze" in scene.round.fault:
         time.sleep(scene.round.frozen)
-        scene.thaw()
+        scene.clickhouse.thaw()
+        scene.postgres.thaw()
     return seen[0] if seen else None
+
+
+def wait(holds: Callable[[], bool], scene: Scene) -> bool:
+    """Wait until something holds or every run is over; gives whether it holds."""
+    while not holds() and not scene.is_over:
+        time.sleep(0.005)
+    return holds()
 
 
 def bytes_to_send(target: Target, order: Order, events: int) -> float:
@@ -297,12 +331,6 @@ def bytes_to_send(target: Target, order: Order, events: int) -> float:
     there = [] if model.merge else committed(target, model)
     lacking = sum(order.first <= hour <= order.last and hour not in there for hour in HOURS)
     return lacking * BYTES_AN_EVENT[model.name] * events / len(HOURS) + order.intervals * BYTES_AN_INTERVAL
-
-
-def _wait(holds: Callable[[], bool], is_over: Callable[[], bool]) -> bool:
-    while not holds() and not is_over():
-        time.sleep(0.01)
-    return holds()
 
 
 def being_written(target: Target) -> str:
@@ -351,20 +379,22 @@ class Summary:
     faults: Counter[str] = field(default_factory=Counter)
     missed: Counter[str] = field(default_factory=Counter)
     in_mid_write: Counter[str] = field(default_factory=Counter)
+    within_range: Counter[str] = field(default_factory=Counter)
     ends: Counter[str] = field(default_factory=Counter)
 
-    def add(self, fault: str, written: str | None, ends: list[End]) -> None:
+    def add(self, fault: str, struck: Struck | None, ends: list[End]) -> None:
         self.faults[fault] += 1
-        self.missed[fault] += written is None
-        self.in_mid_write[fault] += bool(written)
+        self.missed[fault] += struck is None
+        self.in_mid_write[fault] += bool(struck and struck.writing)
+        self.within_range[fault] += bool(struck and struck.is_within_range)
         for end in ends:
             self.ends["ok after several tries" if end.how == "ok" and end.tries > 1 else end.how] += 1
 
     def __str__(self) -> str:
-        lines = [f"{'fault':<18} {'rounds':>6} {'in mid-write':>13} {'came too late':>14}"]
+        lines = [f"{'fault':<18}{'rounds':>7}{'in mid-write':>14}{'in mid-range':>14}{'came too late':>15}"]
         lines += [
-            f"{fault:<18} {count:>6} {self.in_mid_write[fault]:>13} {self.missed[fault]:>14}"
-            for fault, count in sorted(self.faults.items())
+            f"{fault:<18}{self.faults[fault]:>7}{self.in_mid_write[fault]:>14}{self.within_range[fault]:>14}{self.missed[fault]:>15}"
+            for fault in self.faults
         ]
         lines += ["runs: " + ", ".join(f"{count} {how}" for how, count in sorted(self.ends.items()))]
         return "\n".join(lines)
@@ -459,27 +489,25 @@ def make_room(target: Target, planned: Round) -> None:
 
 def play(planned: Round, source: Source, target: Target, events: int, summary: Summary) -> None:
     """One round, and the line that tells of it."""
-    began = time.monotonic()
-    [(now,)] = target.rows("SELECT now()")
+    started = time.monotonic()
+    [(began,)] = target.rows("SELECT now()")
+    sandbox = target.sandbox
     with (
-        tcp_proxy(source.sandbox.clickhouse.https_port or 0) as clickhouse,
-        tcp_proxy(target.sandbox.postgres.port) as postgres,
+        tcp_proxy(sandbox.clickhouse.https_port or 0) as clickhouse,
+        tcp_proxy(sandbox.postgres.port) as postgres,
     ):
         ports = Ports(clickhouse.port, postgres.port)
         processes = [Process(order, source, target, ports) for order in planned.orders]
-        scene = Scene(planned, source, target, processes, clickhouse, postgres)
-        written = strike(scene, events)
+        struck = strike(Scene(planned, began, source, target, processes, clickhouse, postgres), events)
         ends = [process.end() for process in processes]
     eventually(lambda: not target.rows(f"SELECT FROM pg_stat_activity WHERE usename = '{ROLE}'"))
-    summary.add(planned.fault, written, ends)
+    summary.add(planned.fault, struck, ends)
     runs = "; ".join(
-        f"{order}: {end}, {newly_committed(target, order, now)} of {order.intervals}"
+        f"{order} {end}, {newly_committed(target, order, began)} of {order.intervals} committed"
         for order, end in zip(planned.orders, ends, strict=True)
     )
-    met = "came too late" if written is None else written or "nothing written"
-    print(
-        f"round {planned.number:>3}  {planned.fault:<17} ({met})  {runs}  {time.monotonic() - began:.1f} s", flush=True
-    )
+    met = f"({struck or 'came too late'})"
+    print(f"{planned.number:>3} {planned.fault:<17} {met:<36} {runs}  {time.monotonic() - started:.1f} s", flush=True)
 
 
 def newly_committed(target: Target, order: Order, since: datetime) -> int:

@@ -10,7 +10,7 @@ from pg_exports_tests.conftest import Source, Target
 from pg_exports_tests.faults import with_own_postgres
 from pg_exports_tests.soak import soak
 
-SEED, ROUNDS = int(os.environ.get("SEED", "7")), int(os.environ.get("ROUNDS", "3"))
+SEED, ROUNDS = int(os.environ.get("SEED", "18")), int(os.environ.get("ROUNDS", "4"))
 
 
 @pytest.fixture

@@ -284,7 +284,6 @@ def record(
         run_id,
         started_at,
         doing="writing the ledger",
-        patience=LOCK_TIMEOUT,
     )
 
 

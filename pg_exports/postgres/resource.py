@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import re
+import threading
 from collections.abc import Iterator
 
 import dagster as dg
@@ -19,6 +20,8 @@ CONNECT_TIMEOUT = 15
 
 READ_TIMEOUT = 300
 """Seconds without an answer after which a connection counts as frozen, where the resource does not say."""
+
+_CONNECTING = threading.Lock()
 
 # A peer that vanished without a word is noticed within about three minutes.
 _LIVENESS = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 8}
@@ -99,24 +102,30 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
                 self._end(session.lost, database)
 
     def _open(self, database: str) -> Session:
-        before = set(open_sockets())
-        watchdog = Watchdog(lambda: new_connection(before, self.port))
-        try:
-            # The driver's first questions to the server are not bounded by CONNECT_TIMEOUT.
-            with (
-                tls.libpq_settings(self.verify_server_identity, self.root_certificate) as encryption,
-                watchdog.limit(CONNECT_TIMEOUT + self.read_timeout),
-            ):
-                connection = self._connect(database, encryption)
-                watchdog.keep(new_connection(before, self.port, lambda: _client_port(connection)))
-        except BaseException:
-            watchdog.close()
-            raise
+        # One connection at a time is made in a process: the watchdog's is the one that is new.
+        with _CONNECTING:
+            before = set(open_sockets())
+            watchdog = Watchdog(lambda: new_connection(before, self.port))
+            try:
+                # The driver's first questions to the server are not bounded by CONNECT_TIMEOUT.
+                with (
+                    tls.libpq_settings(self.verify_server_identity, self.root_certificate) as encryption,
+                    watchdog.limit(CONNECT_TIMEOUT + self.read_timeout),
+                ):
+                    connection = self._connect(database, encryption)
+                watchdog.keep(new_connection(before, self.port))
+            except BaseException:
+                watchdog.close()
+                raise
         return Session(connection, watchdog, self.read_timeout)
 
     def _end(self, lost: ServerTransaction, database: str) -> None:
         """Have the server end a transaction whose connection broke, so that the next try need not wait for its locks."""
-        with contextlib.suppress(Exception), contextlib.closing(self._open(database)) as session:
+        with (
+            contextlib.suppress(Exception),
+            contextlib.closing(self._open(database)) as session,
+            session.transaction(),
+        ):
             session.execute(_END, lost.process, lost.started, doing="ending a lost transaction")
 
     def _check(self, database: str) -> None:
@@ -156,14 +165,6 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
             raise errors.connecting(
                 error, address=f"{self.host}:{self.port}", user=self.user, database=database
             ) from None
-
-
-def _client_port(connection: dbapi.Connection) -> int | None:
-    """The port that the server sees the connection come from, which a proxy on the way may have changed."""
-    with connection.cursor() as cursor:
-        cursor.execute("SELECT inet_client_port()")
-        [(port,)] = cursor.fetchall()
-    return port if isinstance(port, int) else None
 
 
 def _conninfo(settings: dict[str, object]) -> str:

@@ -110,7 +110,7 @@ class Session:
         if self._is_in_transaction:
             yield
             return
-        self.execute("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE", doing="beginning a transaction")
+        self._begin()
         self._is_in_transaction = True
         try:
             [(process, started, *_)] = self.rows(
@@ -151,6 +151,14 @@ class Session:
         """Hang up."""
         self._connection.close()
         self._watchdog.close()
+
+    def _begin(self) -> None:
+        # In one message: `execute` sends several, which a pooler may give to different servers outside a transaction.
+        try:
+            with self._bounded(), self._connection.cursor() as cursor:
+                cursor.executescript("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+        except dbapi.Error as error:
+            self.explain(error, "beginning a transaction")
 
     def _bounded(self, patience: float = 0) -> contextlib.AbstractContextManager[None]:
         return self._watchdog.limit(self._read_timeout + patience)

@@ -75,25 +75,19 @@ def open_sockets() -> dict[tuple[int, int], int]:
     return found
 
 
-def new_connection(
-    before: Collection[tuple[int, int]], server_port: int, client_port: Callable[[], int | None] = lambda: None
-) -> socket.socket | None:
+def new_connection(before: Collection[tuple[int, int]], port: int) -> socket.socket | None:
     """A socket of the caller's own on the one connection to a port that was not there before; None where that is not sure.
 
     Args:
         before: the keys of `open_sockets` then.
-        server_port: the port that the connection goes to.
-        client_port: gives the port that the server sees it come from; asked where several go there.
+        port: the port that the connection goes to.
     """
     sockets: list[socket.socket] = []
     for key, descriptor in open_sockets().items():
         if key not in before:
             with contextlib.suppress(OSError):
                 sockets.append(socket.socket(fileno=os.dup(descriptor)))
-    found = [candidate for candidate in sockets if _port(candidate.getpeername) == server_port]
-    if len(found) > 1:
-        port = client_port()
-        found = [candidate for candidate in found if _port(candidate.getsockname) == port]
+    found = [candidate for candidate in sockets if _server_port(candidate) == port]
     chosen = found[0] if len(found) == 1 else None
     for candidate in sockets:
         if candidate is not chosen:
@@ -101,9 +95,8 @@ def new_connection(
     return chosen
 
 
-def _port(address: Callable[[], object]) -> int | None:
+def _server_port(connection: socket.socket) -> int | None:
     with contextlib.suppress(OSError):
-        value = address()
-        if isinstance(value, tuple):
-            return int(value[1])
+        address = connection.getpeername()
+        return int(address[1]) if isinstance(address, tuple) else None
     return None
