@@ -36,8 +36,8 @@ TAGS = {"pg_exports/reason": "late events"}
 
 def exported(
     postgres: PostgresResource, destination: Destination, model: Model, export: str, team_id: int, span: Interval
-) -> dict[datetime, str]:
-    """The fingerprints of an export's intervals within a span that the table has, by their starts, from the ledger.
+) -> dict[tuple[datetime, datetime], str]:
+    """The fingerprints of an export's intervals within a span that the table has, by their bounds, from the ledger.
 
     Raises:
         DestinationError, PassingError: Postgres refused, or did not answer.
@@ -52,7 +52,7 @@ def exported(
 def requests(
     export: str,
     latest: tuple[Interval, ...],
-    exported: Mapping[datetime, str],
+    exported: Mapping[tuple[datetime, datetime], str],
     at_source: Mapping[datetime, Fingerprint],
     now: datetime,
 ) -> list[dg.RunRequest] | dg.SkipReason:
@@ -61,11 +61,12 @@ def requests(
     Args:
         export: its name.
         latest: intervals to look at.
-        exported: fingerprints by start, as the ledger has them.
+        exported: fingerprints by bounds, as the ledger has them.
         at_source: fingerprints by start, of intervals that have rows.
         now: a run's key is spent even if the run fails; with the date in it another one may try tomorrow.
     """
-    if not exported:
+    were = {interval: exported.get((interval.start, interval.end)) for interval in latest}
+    if not any(were.values()):
         return dg.SkipReason("None of the latest intervals has been exported to the table that is there now.")
     found = {interval: str(at_source.get(interval.start, Fingerprint())) for interval in latest}
     runs = [
@@ -75,6 +76,6 @@ def requests(
             tags=TAGS,
         )
         for interval, fingerprint in found.items()
-        if fingerprint != exported.get(interval.start, fingerprint)
+        if were[interval] not in (None, fingerprint)
     ]
-    return runs or dg.SkipReason(f"No late events in the latest {len(exported)} intervals.")
+    return runs or dg.SkipReason(f"No late events in the latest {sum(map(bool, were.values()))} intervals.")

@@ -30,10 +30,11 @@ CREATE TABLE IF NOT EXISTS {journal} (
     team_id bigint NOT NULL,
     interval_start timestamptz NOT NULL,
     interval_end timestamptz NOT NULL,
+    export text NOT NULL,
     run_id text NOT NULL,
     piece bigint GENERATED ALWAYS AS IDENTITY,
     keys bytea NOT NULL,
-    PRIMARY KEY (destination, table_oid, table_filenode, team_id, interval_start, interval_end, run_id, piece)
+    PRIMARY KEY (destination, table_oid, table_filenode, team_id, interval_start, interval_end, export, run_id, piece)
 )
 """
 
@@ -110,7 +111,7 @@ class Journal:
     """
 
     def __init__(
-        self, session: Session, table: DestinationTable, team_id: int, interval: Interval, run_id: str
+        self, session: Session, table: DestinationTable, team_id: int, interval: Interval, export: str, run_id: str
     ) -> None:
         self._session = session
         self._table = table
@@ -121,6 +122,7 @@ class Journal:
             team_id,
             interval.start,
             interval.end,
+            export,
             run_id,
         )
         self._waiting: list[pl.Series] = []
@@ -141,9 +143,9 @@ class Journal:
             self._session.execute(
                 f"""
                 INSERT INTO {quoted(self._table.destination.schema, TABLE)} (
-                    destination, table_oid, table_filenode, team_id, interval_start, interval_end, run_id, keys
+                    destination, table_oid, table_filenode, team_id, interval_start, interval_end, export, run_id, keys
                 )
-                VALUES ($1, $2, $3, $4, $5::text::timestamptz, $6::text::timestamptz, $7, $8)
+                VALUES ($1, $2, $3, $4, $5::text::timestamptz, $6::text::timestamptz, $7, $8, $9)
                 """,
                 *self._key,
                 _bytes(some),

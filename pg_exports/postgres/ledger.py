@@ -78,21 +78,17 @@ ON CONFLICT (destination, table_oid, table_filenode, team_id, interval_start, in
 """
 
 # One statement, one snapshot: were the ledger read first and the table later, the rows that another run commits in
-# between would pass for rows that were there before. Of an interval that several exports wrote, the last one counted.
+# between would pass for rows that were there before.
+# Of an interval that several exports wrote, each one's journal must be whole.
 _PAST = f"""
 WITH
     overlapping AS (
         SELECT * FROM {{ledger}} WHERE {journal.OVERLAPPING}
     ),
-    latest AS (
-        SELECT DISTINCT ON (interval_start, interval_end) interval_start, interval_end, keys, partition_filenodes
-        FROM overlapping
-        ORDER BY interval_start, interval_end, committed_at DESC
-    ),
     journaled AS (
-        SELECT interval_start, interval_end, sum(octet_length(keys)) / 8 AS keys
+        SELECT interval_start, interval_end, export, sum(octet_length(keys)) / 8 AS keys
         FROM {{journal}} WHERE {journal.OVERLAPPING}
-        GROUP BY interval_start, interval_end
+        GROUP BY interval_start, interval_end, export
     ),
     same AS (
         SELECT * FROM overlapping
@@ -107,14 +103,14 @@ SELECT
     EXISTS (SELECT FROM {{table}}),
     EXISTS (SELECT FROM overlapping),
     (
-        SELECT count(*) FROM latest
-        LEFT JOIN journaled USING (interval_start, interval_end)
-        WHERE latest.keys <> coalesce(journaled.keys, 0) OR NOT partition_filenodes <@ $7::text::bigint[]
+        SELECT count(*) FROM overlapping
+        LEFT JOIN journaled USING (interval_start, interval_end, export)
+        WHERE overlapping.keys <> coalesce(journaled.keys, 0) OR NOT partition_filenodes <@ $7::text::bigint[]
     ) = 0,
     coalesce(
         (
             SELECT keys::bigint FROM journaled
-            WHERE interval_start = $5::text::timestamptz AND interval_end = $6::text::timestamptz
+            WHERE interval_start = $5::text::timestamptz AND interval_end = $6::text::timestamptz AND export = $8
         ),
         0
     ),
@@ -126,11 +122,13 @@ SELECT
 """
 
 _FINGERPRINTS = """
-SELECT DISTINCT ON (interval_start) (extract(epoch FROM interval_start) * 1000000)::bigint, fingerprint
+SELECT
+    (extract(epoch FROM interval_start) * 1000000)::bigint,
+    (extract(epoch FROM interval_end) * 1000000)::bigint,
+    fingerprint
 FROM {ledger}
 WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4 AND export = $5
     AND interval_start >= $6::text::timestamptz AND interval_end <= $7::text::timestamptz
-ORDER BY interval_start, committed_at DESC
 """
 
 
@@ -143,7 +141,7 @@ class Past:
             made anew is another one).
         has_interval: intervals that overlap this one were committed to it.
         is_journaled: the journals hold the keys of all of their rows, and the partitions that these went into are there.
-        keys: keys in the journals of this very interval.
+        keys: keys in the export's own journals of this very interval.
         fingerprints: of the interval's rows at the source, whenever all of them landed.
         by_this_run: the counts, where this run itself has committed the interval (in an earlier try).
     """
@@ -227,8 +225,8 @@ def exists(session: Session, schema: str) -> bool:
 
 def fingerprints(
     session: Session, table: DestinationTable, export: str, team_id: int, span: Interval
-) -> dict[datetime, str]:
-    """The fingerprints of an export's intervals within a span that were committed to the table, by their starts."""
+) -> dict[tuple[datetime, datetime], str]:
+    """The fingerprints of an export's intervals within a span that were committed to the table, by their bounds."""
     rows = session.rows(
         _FINGERPRINTS.format(ledger=quoted(table.destination.schema, TABLE)),
         table.destination.table,
@@ -240,7 +238,11 @@ def fingerprints(
         span.end,
         doing="reading the ledger",
     )
-    return {moment(int(str(microseconds))): str(fingerprint) for microseconds, fingerprint in rows if fingerprint}
+    return {
+        (moment(int(str(start))), moment(int(str(end)))): str(fingerprint)
+        for start, end, fingerprint in rows
+        if fingerprint
+    }
 
 
 def record(

@@ -97,7 +97,7 @@ def _load(
     is_known = past.has_interval and past.is_journaled and not export.replay and bool(export.fingerprint)
     there = journal.read(session, table, export.team_id, interval) if is_known else pl.Series(IDENTITY, [], pl.UInt64)
     sieve = Sieve(there)
-    record = Journal(session, table, export.team_id, interval, run_id)
+    record = Journal(session, table, export.team_id, interval, export.export, run_id)
     copy = functools.partial(
         ingest.copy_frames,
         session,
@@ -136,9 +136,8 @@ def _load(
         missing=missing,
         bytes=copied.bytes,
     )
-    # Rows that did not stay must be sent again, and where the journals lacked some, these may be another export's rows than
-    # the ones that are recorded now: then they do not count, and the table is asked.
-    keys = past.keys + record.written if past.is_journaled and not missing else ledger.UNKNOWN
+    # Rows that did not stay must be sent again: then the journals do not count, and the table is asked.
+    keys = ledger.UNKNOWN if missing else past.keys + record.written
     return Written(counts, sieve.fingerprint if export.fingerprint else None, keys)
 
 

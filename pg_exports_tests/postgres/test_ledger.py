@@ -47,7 +47,9 @@ def test_an_intervals_row_says_what_was_exported_where_by_which_run_and_when(
         rows.append(recorded(target))
     ended = datetime.now(UTC)
     first, second = rows
-    [(oid, filenode)] = target.rows("SELECT oid::bigint, relfilenode::bigint FROM pg_class WHERE relname = 'The Events'")
+    [(oid, filenode)] = target.rows(
+        "SELECT oid::bigint, relfilenode::bigint FROM pg_class WHERE relname = 'The Events'"
+    )
     same = {
         "destination": "The Events",
         "table_oid": oid,
@@ -157,17 +159,3 @@ def test_writing_needs_nothing_but_insert_select_and_update_where_the_tables_are
         f" WHERE grantee = '{ROLE}' AND table_schema = '{target.schema}'"
     )
     assert {privilege for (privilege,) in held} == {"INSERT", "SELECT", "UPDATE"}
-
-
-def test_intervals_that_overlap_stand_in_the_ledger_side_by_side(
-    source: Source, target: Target, run: RunExport, hour: datetime
-) -> None:
-    day = hour.replace(hour=0) - 24 * HOUR
-    source.insert("events", event(day + 5 * HOUR), event(day + 6 * HOUR))
-    hourly = export_of("events", target, day, start=day)
-    daily = export_of("events", target, day, start=day.date(), name="daily", table="events", interval="day")
-    run(hourly, partition_key(day + 5 * HOUR))
-    run(daily, f"{day:%Y-%m-%d}")
-    rows = target.rows("SELECT export, interval_start, interval_end, rows_inserted, keys FROM pg_exports_ledger ORDER BY 1")
-    five = day + 5 * HOUR
-    assert rows == [("daily", day, day + 24 * HOUR, 1, 1), ("events", five, five + HOUR, 1, 1)]

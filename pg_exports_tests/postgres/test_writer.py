@@ -1,4 +1,4 @@
-"""Which way an interval takes: what its re-runs cost, what they bring back, and what happens to the table between them."""
+"""The way that an interval takes: what its re-runs cost and bring, whatever happens to the table between them."""
 
 import contextlib
 import re
@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
 
-import pytest
-
 from pg_exports.sandbox.servers import ROLE
-from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
+from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import eventually
 from pg_exports_tests.source_rows import HOUR, event, export_of, mapping, person
 
@@ -246,9 +244,7 @@ def test_a_partition_that_was_truncated_is_filled_again_by_each_of_the_exports_t
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:
     target.execute(*BY_MONTH)
-    both = [
-        export_of("events", target, hour, name=name, table="events", include_events=[name]) for name in ("a", "b")
-    ]
+    both = [export_of("events", target, hour, name=name, table="events", include_events=[name]) for name in ("a", "b")]
     source.insert("events", *(event(hour, event=name, timestamp=JUNE) for name in "aab"))
     for export in both:
         run(export, partition_key(hour))
