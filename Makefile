@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo test dev lint clean sandbox postgresql pgbouncer
+.PHONY: help demo test soak dev lint clean sandbox postgresql pgbouncer
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -25,6 +25,9 @@ dev: sandbox ## The sandbox and Dagster's UI
 
 test: lint postgresql pgbouncer ## Every check and test
 	@$(BIN)/python -m pytest
+
+soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
+	@$(BIN)/python -m pg_exports_tests.soak $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
 lint: .venv/installed ## Format, lint, types, definitions
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }

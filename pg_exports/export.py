@@ -42,9 +42,6 @@ from pg_exports.postgres.tls import SYSTEM, VerifyServerIdentity
 
 OWNER = "team:pg_exports"
 
-RETRIES = dg.RetryPolicy(max_retries=5, delay=2, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
-"""After a passing error a run tries again, up to five times in about a minute; after any other one it fails at once."""
-
 _VARIABLE = re.compile(r"\{\{\s*env\.(\w+)\s*\}\}")
 
 
@@ -306,7 +303,6 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
                 partitions_def=partitions,
                 backfill_policy=dg.BackfillPolicy.single_run(),
                 pool=self._connection_key(),
-                retry_policy=RETRIES,
                 check_specs=[reconciliation.spec(self.key)],
                 metadata=self._metadata(model),
                 **self._io_manager(),

@@ -13,7 +13,8 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource, export
+from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource
+from pg_exports.postgres import io_manager
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox, postgres_server, sample_data, servers, source_tables
 from pg_exports.sandbox.certificates import HOST
@@ -35,7 +36,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
 @pytest.fixture(autouse=True)
 def retries_without_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many tries as ever, with a tenth of a second between them."""
-    monkeypatch.setattr(export, "RETRIES", dg.RetryPolicy(max_retries=export.RETRIES.max_retries, delay=0.1))
+    monkeypatch.setattr(io_manager, "RETRIES", dg.RetryPolicy(max_retries=io_manager.RETRIES.max_retries, delay=0.1))
 
 
 @dataclass(frozen=True)

@@ -25,18 +25,16 @@ from typing import Literal
 
 import dagster as dg
 
-from pg_exports import export
 from pg_exports.models import MODELS
-from pg_exports.postgres import ingest, journal
+from pg_exports.postgres import ingest, io_manager, journal
 from pg_exports.sandbox import postgres_server, sample_data, servers, source_tables
 from pg_exports.sandbox.servers import ROLE, SOURCE_DATABASE
-from pg_exports_tests.conftest import Source, Target, materialise, partition_key
+from pg_exports_tests.conftest import Run, Source, Target, materialise, partition_key
 from pg_exports_tests.faults import eventually, with_own_postgres
 from pg_exports_tests.postgres.tcp_proxy import TcpProxy, tcp_proxy
 from pg_exports_tests.soak_checks import (
     DAY,
     HOUR,
-    HOURS,
     LATE,
     REFUSED,
     check_at_the_end,
@@ -58,9 +56,6 @@ FAULTS = (
     "nothing",
 )
 
-EVENTS = 12_000
-"""Of the day, unless another number is asked for."""
-
 BYTES_AN_EVENT = {"events": 1_200, "persons": 80, "sessions": 180}
 """Bytes that an export sends to Postgres, by the number of events in an interval of which it has something to send."""
 
@@ -70,7 +65,7 @@ BYTES_AN_INTERVAL = 10_000
 SECONDS_AN_INTERVAL = 0.4
 """What an export takes for one."""
 
-SECONDS_A_QUERY = 0.1
+SECONDS_A_QUERY = 0.04
 """What ClickHouse takes for one."""
 
 READ_TIMEOUT = 2
@@ -83,6 +78,30 @@ _SPAWN = multiprocessing.get_context("spawn")
 
 
 # What is to happen
+
+
+@dataclass(frozen=True)
+class Day:
+    """What there is to export.
+
+    Attributes:
+        length: hours.
+        events: in all of them.
+        longest: the most intervals of a run.
+    """
+
+    length: int = 24
+    events: int = 12_000
+    longest: int = 6
+
+    @property
+    def hours(self) -> list[datetime]:
+        """When each begins."""
+        return [DAY + n * HOUR for n in range(self.length)]
+
+    @property
+    def end(self) -> datetime:
+        return DAY + self.length * HOUR
 
 
 @dataclass(frozen=True)
@@ -123,16 +142,16 @@ class Round:
     prunes: bool
 
 
-def plan(seed: int, rounds: int, longest: int) -> Iterator[Round]:
-    """The rounds of a seed. Every fault comes about as often; a run is of one to `longest` intervals."""
+def plan(seed: int, rounds: int, day: Day) -> Iterator[Round]:
+    """The rounds of a seed. Every fault comes about as often."""
     dice = random.Random(seed)
     faults = [FAULTS[n % len(FAULTS)] for n in range(-(-rounds // len(FAULTS)) * len(FAULTS))]
     dice.shuffle(faults)
     for number, fault in enumerate(faults[:rounds], 1):
-        first = _order(dice, longest)
+        first = _order(dice, day)
         # More often than not into the same table, some of the same intervals among them.
         others = [
-            _order(dice, longest, beside=first if dice.random() < 0.7 else None)
+            _order(dice, day, beside=first if dice.random() < 0.7 else None)
             for _ in range(dice.choice((0, 0, 0, 1, 1, 2)))
         ]
         yield Round(
@@ -146,28 +165,35 @@ def plan(seed: int, rounds: int, longest: int) -> Iterator[Round]:
         )
 
 
-def _order(dice: random.Random, longest: int, beside: Order | None = None) -> Order:
+def _order(dice: random.Random, day: Day, beside: Order | None = None) -> Order:
     """Any order, or one that shares intervals with another."""
-    intervals = dice.randint(1, longest)
-    earliest, latest = 0, len(HOURS) - intervals
+    hours, intervals = day.hours, dice.randint(1, day.longest)
+    earliest, latest = 0, len(hours) - intervals
     if beside:
-        earliest = max(earliest, HOURS.index(beside.first) - intervals + 1)
-        latest = min(latest, HOURS.index(beside.last))
+        earliest = max(earliest, hours.index(beside.first) - intervals + 1)
+        latest = min(latest, hours.index(beside.last))
     first = dice.randint(earliest, latest)
     # Events first: theirs is the way that leaves most to go wrong.
     model = beside.model if beside else dice.choice(("events", "events", "persons", "sessions"))
-    return Order(model, HOURS[first], HOURS[first + intervals - 1])
+    return Order(model, hours[first], hours[first + intervals - 1])
 
 
 # Runs
 
 
 @dataclass(frozen=True)
-class Ports:
-    """Where a run finds the servers."""
+class Ways:
+    """The ports at which a run finds the servers, and after how many seconds it takes them for frozen."""
 
     clickhouse: int
     postgres: int
+    read_timeout: int
+
+    @classmethod
+    def direct(cls, target: Target) -> "Ways":
+        """Without proxies between, and without haste."""
+        sandbox = target.sandbox
+        return cls(sandbox.clickhouse.https_port or 0, sandbox.postgres.port, read_timeout=60)
 
 
 @dataclass(frozen=True)
@@ -188,12 +214,13 @@ class End:
 class Process:
     """A run in a process of its own."""
 
-    def __init__(self, order: Order, source: Source, target: Target, ports: Ports) -> None:
+    def __init__(self, order: Order, source: Source, target: Target, ways: Ways) -> None:
         self._order = order
         self._answer, theirs = _SPAWN.Pipe(duplex=False)
-        self._process = _SPAWN.Process(target=_run, args=(order, source, target, ports, theirs), daemon=True)
+        self._process = _SPAWN.Process(target=_run_here, args=(order, source, target, ways, theirs), daemon=True)
         self._process.start()
         theirs.close()
+        self._was_killed = False
 
     @property
     def is_running(self) -> bool:
@@ -201,6 +228,7 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL: it can do nothing more, not even hang up in good order."""
+        self._was_killed = True
         self._process.kill()
 
     def end(self) -> End:
@@ -214,26 +242,32 @@ class Process:
         with contextlib.suppress(EOFError):
             end: End = self._answer.recv()
             # One that does not pass is not tried again.
-            assert end.how == "ok" or end.tries == 1 + export.RETRIES.max_retries, f"{self._order}: {end.error}"
+            assert end.how == "ok" or end.tries == 1 + io_manager.RETRIES.max_retries, f"{self._order}: {end.error}"
             return end
-        assert self._process.exitcode == -9, f"{self._order} ended with {self._process.exitcode}"
+        assert self._was_killed, f"{self._order} ended with {self._process.exitcode}"
         return End("killed")
 
 
-def _run(order: Order, source: Source, target: Target, ports: Ports, answer: Connection) -> None:
+def _run_here(order: Order, source: Source, target: Target, ways: Ways, answer: Connection) -> None:
     """What the process does. Rows go in many small pieces, so that there is much between the first and the last."""
-    with Path(os.devnull).open("w") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stderr.fileno())
-    ingest.COPY_BYTES, journal.PIECE = 50_000, 100
-    export.RETRIES = dg.RetryPolicy(max_retries=export.RETRIES.max_retries, delay=0.2, backoff=dg.Backoff.EXPONENTIAL)
-    done = materialise(
-        export_of(order.model, target, DAY),
-        source.resource(port=ports.clickhouse, read_timeout=READ_TIMEOUT),
-        target.resource(port=ports.postgres, read_timeout=READ_TIMEOUT),
-        partition_key(order.first),
-        partition_key(order.last),
+    ingest.COPY_BYTES, journal.PIECE = 20_000, 100
+    io_manager.RETRIES = dg.RetryPolicy(
+        max_retries=io_manager.RETRIES.max_retries, delay=0.2, backoff=dg.Backoff.EXPONENTIAL
     )
+    done = run(order, source, target, ways)
     answer.send(End("failed" if done.error else "ok", done.tries, done.error or ""))
+
+
+def run(order: Order, source: Source, target: Target, ways: Ways) -> Run:
+    """Run an order in this process, without Dagster's log on the console."""
+    with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stderr(nowhere):
+        return materialise(
+            export_of(order.model, target, DAY),
+            source.resource(port=ways.clickhouse, read_timeout=ways.read_timeout),
+            target.resource(port=ways.postgres, read_timeout=ways.read_timeout),
+            partition_key(order.first),
+            partition_key(order.last),
+        )
 
 
 # Faults
@@ -289,23 +323,28 @@ class Struck:
         return f"{self.writing or 'nothing written'}, {self.committed} of {self.intervals} done"
 
 
-def strike(scene: Scene, events: int) -> Struck | None:
+def strike(scene: Scene, day: Day) -> Struck | None:
     """Strike at the round's moment. Gives what it met; None where the runs were over before."""
     first, share = scene.round.orders[0], scene.round.share
     seen: list[Struck] = []
 
-    def act() -> None:
+    def look() -> None:
         done = newly_committed(scene.target, first, scene.began)
         seen.append(Struck(being_written(scene.target), done, first.intervals))
+
+    def act() -> None:
+        look()
         scene.strike()
 
     if "ClickHouse" in scene.round.fault:
         queries, rest = divmod(share * first.intervals, 1)
         if wait(lambda: scene.clickhouse.connections_made > queries, scene):
             time.sleep(rest * SECONDS_A_QUERY)
-            act()
+            # A look takes as long as a query.
+            scene.strike()
+            look()
     elif scene.round.by_bytes:
-        done = scene.postgres.after(int(share * bytes_to_send(scene.target, first, events)), act)
+        done = scene.postgres.after(int(share * bytes_to_send(scene.target, first, day)), act)
         wait(done.is_set, scene)
     elif wait(lambda: scene.postgres.connections_made > 0, scene):
         time.sleep(share * SECONDS_AN_INTERVAL * first.intervals)
@@ -319,18 +358,19 @@ def strike(scene: Scene, events: int) -> Struck | None:
 
 
 def wait(holds: Callable[[], bool], scene: Scene) -> bool:
-    """Wait until something holds or every run is over; gives whether it holds."""
-    while not holds() and not scene.is_over:
+    """Wait until something holds or every run is over, or hangs; gives whether it holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds() and not scene.is_over and time.monotonic() < deadline:
         time.sleep(0.005)
     return holds()
 
 
-def bytes_to_send(target: Target, order: Order, events: int) -> float:
+def bytes_to_send(target: Target, order: Order, day: Day) -> float:
     """About how many bytes a run sends to Postgres: of events those that are not there, of rows to be merged all."""
     model = MODELS[order.model]
     there = [] if model.merge else committed(target, model)
-    lacking = sum(order.first <= hour <= order.last and hour not in there for hour in HOURS)
-    return lacking * BYTES_AN_EVENT[model.name] * events / len(HOURS) + order.intervals * BYTES_AN_INTERVAL
+    lacking = sum(order.first <= hour <= order.last and hour not in there for hour in day.hours)
+    return lacking * BYTES_AN_EVENT[model.name] * day.events / len(day.hours) + order.intervals * BYTES_AN_INTERVAL
 
 
 def being_written(target: Target) -> str:
@@ -350,9 +390,7 @@ def being_written(target: Target) -> str:
 
 
 def insert_late_rows(source: Source, played: Round) -> None:
-    """New events, another version of a person and another part of a session, in an interval that a run is about to read,
-    reads or has read.
-    """
+    """New events, another version of a person and another part of a session, in the range of the round's first run."""
     dice = random.Random(played.number)
     hour = played.orders[0].first + dice.randrange(played.orders[0].intervals) * HOUR
     moment = hour + timedelta(minutes=dice.randrange(60))
@@ -392,15 +430,15 @@ class Summary:
 
     def __str__(self) -> str:
         lines = [f"{'fault':<18}{'rounds':>7}{'in mid-write':>14}{'in mid-range':>14}{'came too late':>15}"]
-        lines += [
-            f"{fault:<18}{self.faults[fault]:>7}{self.in_mid_write[fault]:>14}{self.within_range[fault]:>14}{self.missed[fault]:>15}"
-            for fault in self.faults
-        ]
-        lines += ["runs: " + ", ".join(f"{count} {how}" for how, count in sorted(self.ends.items()))]
+        counters = (self.faults, self.in_mid_write, self.within_range, self.missed)
+        for fault in self.faults:
+            rounds, in_mid_write, within_range, missed = (counter[fault] for counter in counters)
+            lines.append(f"{fault:<18}{rounds:>7}{in_mid_write:>14}{within_range:>14}{missed:>15}")
+        lines.append("runs: " + ", ".join(f"{count} {how}" for how, count in sorted(self.ends.items())))
         return "\n".join(lines)
 
 
-def soak(source: Source, target: Target, *, seed: int, rounds: int, events: int, longest: int) -> Summary:
+def soak(source: Source, target: Target, *, seed: int, rounds: int, day: Day) -> Summary:
     """Fill the source, play the rounds and compare both sides.
 
     Args:
@@ -408,41 +446,35 @@ def soak(source: Source, target: Target, *, seed: int, rounds: int, events: int,
         target: the schema `public` of a Postgres that may be restarted, without tables.
         seed: of the rounds.
         rounds: how many.
-        events: of the day.
-        longest: the most intervals of a run.
+        day: what there is to export.
 
     Raises:
         AssertionError: something is wrong.
     """
-    prepare(source, target, events)
+    prepare(source, target, day)
     summary = Summary()
-    for planned in plan(seed, rounds, longest):
-        make_room(target, planned)
-        play(planned, source, target, events, summary)
+    for planned in plan(seed, rounds, day):
+        make_room(target, day, planned)
+        play(planned, source, target, day, summary)
         check_between_rounds(source, target)
+    target.execute("DROP FUNCTION take_time CASCADE")
     for model in MODELS:
-        done = materialise(
-            export_of(model, target, DAY),
-            source.resource(),
-            target.resource(),
-            partition_key(HOURS[0]),
-            partition_key(HOURS[-1]),
-        )
+        done = run(Order(model, day.hours[0], day.hours[-1]), source, target, Ways.direct(target))
         assert done.error is None, done.error
-    landed = check_at_the_end(source, target)
+    landed = check_at_the_end(source, target, day.hours)
     print("Equal on both sides: " + ", ".join(f"{count:,} {model}" for model, count in landed.items()))
     return summary
 
 
-def prepare(source: Source, target: Target, events: int) -> None:
+def prepare(source: Source, target: Target, day: Day) -> None:
     """Tables made by the exports themselves, a ledger that takes its time, and a day's rows, some of them bad."""
     for model in MODELS:
-        hour = partition_key(DAY - HOUR)
-        assert materialise(export_of(model, target, DAY), source.resource(), target.resource(), hour).error is None
+        done = run(Order(model, DAY - HOUR, DAY - HOUR), source, target, Ways.direct(target))
+        assert done.error is None, done.error
     # By it the interval of an event is known.
     target.execute("ALTER TABLE events ADD COLUMN inserted_at timestamptz", *slow_ledger(0.3))
-    sample_data.fill(source.sandbox.execute, source.database, end=DAY + 24 * HOUR, hours=24, events=events)
-    insert_bad_rows(source)
+    sample_data.fill(source.sandbox.execute, source.database, end=day.end, hours=len(day.hours), events=day.events)
+    insert_bad_rows(source, day)
 
 
 def slow_ledger(seconds: float) -> Iterator[str]:
@@ -459,9 +491,9 @@ def slow_ledger(seconds: float) -> Iterator[str]:
     )
 
 
-def insert_bad_rows(source: Source) -> None:
+def insert_bad_rows(source: Source, day: Day) -> None:
     """Some in every fourth hour: rows that are repaired, and rows that are refused."""
-    for number, hour in enumerate(HOURS[::4], 1):
+    for number, hour in enumerate(day.hours[::4], 1):
         nul, bad = r'{"a": "\u0000"}', f"{REFUSED} {number}"
         source.insert(
             "events",
@@ -475,10 +507,10 @@ def insert_bad_rows(source: Source) -> None:
         insert_sessions(source, session(session_id(100 + number), hour, entry_url="https://a.b/\0"))
 
 
-def make_room(target: Target, planned: Round) -> None:
+def make_room(target: Target, day: Day, planned: Round) -> None:
     """Empty a table that has most intervals: a run that has nothing to write is no great target. Prune key journals."""
     for model in MODELS.values():
-        if len(committed(target, model)) > 2 / 3 * len(HOURS):
+        if len(committed(target, model)) > 2 / 3 * len(day.hours):
             print(f"          TRUNCATE {model.name}")
             target.execute(
                 f"TRUNCATE {model.name}", f"DELETE FROM pg_exports_rejected WHERE destination = '{model.name}'"
@@ -487,7 +519,7 @@ def make_room(target: Target, planned: Round) -> None:
         target.execute("DELETE FROM pg_exports_keys WHERE random() < 0.5")
 
 
-def play(planned: Round, source: Source, target: Target, events: int, summary: Summary) -> None:
+def play(planned: Round, source: Source, target: Target, day: Day, summary: Summary) -> None:
     """One round, and the line that tells of it."""
     started = time.monotonic()
     [(began,)] = target.rows("SELECT now()")
@@ -496,9 +528,9 @@ def play(planned: Round, source: Source, target: Target, events: int, summary: S
         tcp_proxy(sandbox.clickhouse.https_port or 0) as clickhouse,
         tcp_proxy(sandbox.postgres.port) as postgres,
     ):
-        ports = Ports(clickhouse.port, postgres.port)
-        processes = [Process(order, source, target, ports) for order in planned.orders]
-        struck = strike(Scene(planned, began, source, target, processes, clickhouse, postgres), events)
+        ways = Ways(clickhouse.port, postgres.port, READ_TIMEOUT)
+        processes = [Process(order, source, target, ways) for order in planned.orders]
+        struck = strike(Scene(planned, began, source, target, processes, clickhouse, postgres), day)
         ends = [process.end() for process in processes]
     eventually(lambda: not target.rows(f"SELECT FROM pg_stat_activity WHERE usename = '{ROLE}'"))
     summary.add(planned.fault, struck, ends)
@@ -524,13 +556,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pg_exports_tests.soak", description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="a random one by default")
-    parser.add_argument("--events", type=int, default=EVENTS, help=f"of the day ({EVENTS:,})")
+    parser.add_argument("--events", type=int, default=Day.events, help=f"of the day ({Day.events:,})")
     asked = parser.parse_args()
     print(f"{asked.rounds} rounds with SEED={asked.seed}", flush=True)
     began = time.monotonic()
     try:
         with own_servers() as (source, target):
-            summary = soak(source, target, seed=asked.seed, rounds=asked.rounds, events=asked.events, longest=6)
+            summary = soak(source, target, seed=asked.seed, rounds=asked.rounds, day=Day(events=asked.events))
     except AssertionError as error:
         print(f"WRONG, with SEED={asked.seed} ROUNDS={asked.rounds}: {error}")
         return 1

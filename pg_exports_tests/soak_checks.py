@@ -4,26 +4,27 @@ What should be there is read from ClickHouse by the models' own queries. Here is
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pg_exports.models import MODELS, Model, Selection
 from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.conftest import TEAM, Source, Target
-from pg_exports_tests.models.comparison import Row, comparable, differences, landed_rows
+from pg_exports_tests.models.comparison import Row, comparable, differences, instant, landed_rows
 
 HOUR = timedelta(hours=1)
 DAY = datetime(2026, 3, 10, tzinfo=UTC)
-"""The day whose intervals are exported."""
-
-HOURS = [DAY + n * HOUR for n in range(24)]
+"""The day whose intervals are exported, its first hours or all."""
 
 LATE, REFUSED = "late", "refused"
 """What the distinct_ids of rows begin with that come while exports run, and of rows that no repair makes holdable."""
 
 _COMMITTED = "table_oid = '{table}'::regclass AND table_filenode = pg_relation_filenode('{table}')"
 """Ledger rows of the table that is there now."""
+
+_MAY_LACK = f"match(distinct_id, '^({LATE}|{REFUSED})')"
+"""In ClickHouse: rows that may be missing."""
 
 _ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
 
@@ -38,13 +39,13 @@ def check_between_rounds(source: Source, target: Target) -> None:
     for model in MODELS.values():
         _check_ledger(target, model)
         _check_rejected(target, model)
-    _check_events(target)
+    _check_events(source, target)
     for model in MODELS.values():
         if model.merge:
             _check_keys(source, target, model)
 
 
-def check_at_the_end(source: Source, target: Target) -> dict[str, int]:
+def check_at_the_end(source: Source, target: Target, hours: Sequence[datetime]) -> dict[str, int]:
     """Every interval was exported, and what is there is what the source has, value for value. Gives the rows by model.
 
     Raises:
@@ -52,8 +53,8 @@ def check_at_the_end(source: Source, target: Target) -> dict[str, int]:
     """
     check_between_rounds(source, target)
     for model in MODELS.values():
-        _same(f"the intervals of {model.name} in the ledger", committed(target, model), HOURS)
-        at_source = list(_rows_at_source(source, model))
+        _same(f"the intervals of {model.name} in the ledger", committed(target, model), hours)
+        at_source = list(_rows_at_source(source, model, hours))
         columns = _columns(model)
         _same(
             f"the rows of {model.name}",
@@ -113,7 +114,8 @@ def _check_rejected(target: Target, model: Model) -> None:
     _same(f"rejected rows of {model.name} by interval", kept, counted)
 
 
-def _check_events(target: Target) -> None:
+def _check_events(source: Source, target: Target) -> None:
+    """The events of each interval are as many as its row in the ledger says, and as ClickHouse has."""
     landed = target.rows(
         "SELECT date_trunc('hour', inserted_at), count(*), count(DISTINCT (uuid, event, distinct_id, team_id))"
         " FROM events GROUP BY 1"
@@ -123,6 +125,17 @@ def _check_events(target: Target) -> None:
         f" WHERE {_COMMITTED.format(table='events')} AND rows_at_source > rows_rejected"
     )
     _same("events by interval, all and different ones", landed, counted)
+    landed = target.rows(
+        "SELECT date_trunc('hour', inserted_at), count(*) FROM events"
+        f" WHERE NOT starts_with(distinct_id, '{LATE}') GROUP BY 1"
+    )
+    at_source = source.rows(
+        "SELECT toStartOfHour(coalesce(inserted_at, _timestamp)) AS hour, uniqExact(event, distinct_id, uuid)"
+        f" FROM events WHERE team_id = {TEAM} AND NOT {_MAY_LACK} GROUP BY hour"
+    )
+    hours = set(committed(target, MODELS["events"]))
+    expected = [(instant(hour), count) for hour, count in at_source]
+    _same("events by interval on both sides", landed, [row for row in expected if row[0] in hours])
 
 
 def _check_keys(source: Source, target: Target, model: Model) -> None:
@@ -132,7 +145,7 @@ def _check_keys(source: Source, target: Target, model: Model) -> None:
     for start, end in _stretches(committed(target, model)):
         query = model.query(Selection(TEAM, start, end))
         at_source += source.rows(
-            f"SELECT {key} FROM ({query.sql}) WHERE NOT match(distinct_id, '^({LATE}|{REFUSED})')",
+            f"SELECT {key} FROM ({query.sql}) WHERE NOT {_MAY_LACK}",
             query.parameters,
         )
     landed = target.rows(f"SELECT {key} FROM {model.name} WHERE NOT starts_with(distinct_id, '{LATE}')")
@@ -162,9 +175,9 @@ def _columns(model: Model) -> dict[str, str]:
     }
 
 
-def _rows_at_source(source: Source, model: Model) -> Iterator[tuple[Any, ...]]:
+def _rows_at_source(source: Source, model: Model, hours: Sequence[datetime]) -> Iterator[tuple[Any, ...]]:
     """Rows by the model's own query; an appended one may be there once in each interval."""
-    spans = [(DAY, DAY + 24 * HOUR)] if model.merge else [(hour, hour + HOUR) for hour in HOURS]
+    spans = [(hours[0], hours[-1] + HOUR)] if model.merge else [(hour, hour + HOUR) for hour in hours]
     columns = _columns(model)
     for start, end in spans:
         query = model.query(Selection(TEAM, start, end))

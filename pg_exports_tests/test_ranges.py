@@ -55,9 +55,7 @@ def in_ledger(target: Target) -> list[tuple[datetime, int]]:
 
 def shown(run: Run) -> list[tuple[str, int, int]]:
     """Each partition that Dagster shows as materialised, with the rows inserted and unchanged that it shows for it."""
-    return [
-        (key, run.metadata[key]["rows_inserted"], run.metadata[key]["rows_unchanged"]) for key in sorted(run.shown)
-    ]
+    return [(key, run.metadata[key]["rows_inserted"], run.metadata[key]["rows_unchanged"]) for key in sorted(run.shown)]
 
 
 def copies_since(target: Target, offset: int) -> int:
@@ -153,7 +151,12 @@ def test_a_range_that_fails_keeps_and_shows_the_intervals_before_and_its_next_ru
 
 
 def test_a_passing_error_in_the_midst_of_a_range_costs_no_interval_before_it_and_is_not_to_be_seen_in_the_counts(
-    source: Source, target: Target, run: RunExport, export: PostgresExport, hours: list[datetime], whole: tuple[str, str]
+    source: Source,
+    target: Target,
+    run: RunExport,
+    export: PostgresExport,
+    hours: list[datetime],
+    whole: tuple[str, str],
 ) -> None:
     refuse(target, hours[2], "serialization_failure", times=2)
     copies, reads = log_size(target), intervals_read(source)
@@ -170,13 +173,16 @@ def test_a_passing_error_in_the_midst_of_a_range_costs_no_interval_before_it_and
 def test_a_range_whose_last_tries_reach_nothing_still_shows_what_the_first_one_wrote(
     target: Target, run: RunExport, export: PostgresExport, hours: list[datetime], whole: tuple[str, str]
 ) -> None:
-    with tcp_proxy(target.sandbox.postgres.port) as proxy, ThreadPoolExecutor() as threads:
-        with holding(target, hour_lock(target, hours[2])):
-            future = threads.submit(run, export, *whole, postgres=target.resource(port=proxy.port))
-            eventually(lambda: waiting(target) == 1)
-            proxy.refuse()
-            proxy.cut()
-            failed = future.result()
+    with (
+        tcp_proxy(target.sandbox.postgres.port) as proxy,
+        ThreadPoolExecutor() as threads,
+        holding(target, hour_lock(target, hours[2])),
+    ):
+        future = threads.submit(run, export, *whole, postgres=target.resource(port=proxy.port))
+        eventually(lambda: waiting(target) == 1)
+        proxy.refuse()
+        proxy.cut()
+        failed = future.result()
     assert failed.error is not None
     assert "No connection to Postgres" in failed.error
     assert failed.tries == 6

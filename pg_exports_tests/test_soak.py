@@ -8,9 +8,10 @@ import pytest
 from pg_exports.sandbox import Sandbox
 from pg_exports_tests.conftest import Source, Target
 from pg_exports_tests.faults import with_own_postgres
-from pg_exports_tests.soak import soak
+from pg_exports_tests.soak import Day, soak
 
-SEED, ROUNDS = int(os.environ.get("SEED", "18")), int(os.environ.get("ROUNDS", "4"))
+# In this seed's first three rounds answers are lost, a process is killed, and Postgres crashes, each in mid-write.
+SEED, ROUNDS = int(os.environ.get("SOAK_SEED", "3722")), int(os.environ.get("SOAK_ROUNDS", "3"))
 
 
 @pytest.fixture
@@ -23,5 +24,5 @@ def own_target(sandbox: Sandbox) -> Iterator[Target]:
 def test_whatever_strikes_exports_at_whatever_moment_the_destination_ends_with_exactly_the_sources_rows(
     source: Source, own_target: Target
 ) -> None:
-    summary = soak(source, own_target, seed=SEED, rounds=ROUNDS, events=2_000, longest=3)
+    summary = soak(source, own_target, seed=SEED, rounds=ROUNDS, day=Day(length=8, events=2_000, longest=3))
     assert summary.faults.total() == ROUNDS

@@ -101,6 +101,7 @@ _PASSING_CONNECTS = (
     "too many connections",
     "remaining connection slots",
     "is starting up",
+    "is not yet accepting connections",
     "is shutting down",
     "in recovery mode",
     *_CONNECTION_LOST,

@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 from pydantic import PrivateAttr
 
-from pg_exports.errors import SettingsError
+from pg_exports.errors import PassingError, SettingsError
 from pg_exports.interval import Counts, Interval, IntervalFrames
 from pg_exports.postgres import ledger, rejected, writer
 from pg_exports.postgres import table as tables
@@ -18,6 +18,9 @@ from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.resource import PostgresResource
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination
+
+RETRIES = dg.RetryPolicy(max_retries=5, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
+"""After a passing error a run tries again, up to five times in about a minute; after any other one it fails at once."""
 
 Metadata = dict[str, Any]
 """A materialisation's metadata."""
@@ -62,8 +65,9 @@ class PostgresIOManager(dg.ConfigurableIOManager):
         try:
             self._write(context, obj, written)
         except BaseException as error:
-            if _is_final(context, error):
-                _show(context, written)
+            if isinstance(error, PassingError):
+                _try_again(context, error)
+            _show(context, written)
             if isinstance(error, dg.Failure) or not isinstance(error, Exception):
                 raise
             # What nobody has foreseen is not over at the next try either.
@@ -109,12 +113,12 @@ def destination_of(metadata: Mapping[str, Any]) -> Destination:
     return Destination(metadata.get(DATABASE), metadata[SCHEMA], metadata[TABLE])
 
 
-def _is_final(context: dg.OutputContext, error: BaseException) -> bool:
-    """Whether the step will not be tried again after this error."""
-    policy = context.step_context.op_retry_policy
-    if policy is None or not isinstance(error, dg.Failure) or not error.allow_retries:
-        return True
-    return context.step_context.previous_attempt_count >= policy.max_retries
+def _try_again(context: dg.OutputContext, error: PassingError) -> None:
+    """Ask for another try, if one is left. Not by a retry policy: by one Dagster tries a run again that was terminated."""
+    step = context.step_context
+    tries = step.previous_attempt_count + 1
+    if tries <= RETRIES.max_retries and not step.retry_mode.disabled:
+        raise dg.RetryRequested(RETRIES.max_retries, RETRIES.calculate_delay(tries)) from error
 
 
 def _show(context: dg.OutputContext, written: Mapping[Interval, Metadata]) -> None:
