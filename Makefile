@@ -23,8 +23,9 @@ demo: sandbox ## Export three days of sample data, and show what landed
 dev: sandbox ## The sandbox and Dagster's UI
 	@$(BIN)/dg dev
 
+# Tests wait for servers more than they work: two processes, each with servers of its own.
 test: lint postgresql pgbouncer ## Every check and test
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
 	@$(BIN)/python -m pg_exports_tests.soak $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS))

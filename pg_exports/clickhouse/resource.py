@@ -205,12 +205,13 @@ def _conformed(frame: pl.DataFrame, model: Model) -> pl.DataFrame:
         SourceError: the answer lacks a column, or has one of another kind.
     """
     try:
-        columns = [_cast(frame.schema.get(column.name), column) for column in model.columns]
+        schema = frame.schema
+        columns = [_cast(schema.get(column.name), column) for column in model.columns]
         others = [pl.col(IDENTITY).cast(pl.UInt64)] if model.fingerprints else []
         originals = as_read.originals(frame)
         conformed = frame.select(*columns, *others)
         for column in model.columns:
-            if frame.schema[column.name] in _WIDER:
+            if schema[column.name] in _WIDER:
                 lost = (conformed[column.name].is_null() & frame[column.name].is_not_null()).arg_true()
                 for row, number in zip(lost, frame[column.name].gather(lost), strict=True):
                     originals.setdefault(row, {})[column.name] = number
