@@ -15,7 +15,7 @@ from pg_exports.interval import Interval
 from pg_exports.models import IDENTITY
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
-from pg_exports.postgres.table import NO_FILE, DestinationTable, ensure_own
+from pg_exports.postgres.table import DestinationTable, ensure_own
 
 TABLE = "pg_exports_keys"
 
@@ -55,9 +55,7 @@ def read(session: Session, table: DestinationTable, team_id: int, interval: Inte
     """The identities of the team's rows of the interval that are in the table (UInt64, ascending)."""
     answer = session.arrow(
         f"SELECT keys FROM {quoted(table.destination.schema, TABLE)} WHERE {OVERLAPPING}",
-        table.destination.table,
-        table.oid,
-        table.filenode or NO_FILE,
+        *table.identity,
         team_id,
         interval.start,
         interval.end,
@@ -116,9 +114,7 @@ class Journal:
         self._session = session
         self._table = table
         self._key = (
-            table.destination.table,
-            table.oid,
-            table.filenode or NO_FILE,
+            *table.identity,
             team_id,
             interval.start,
             interval.end,

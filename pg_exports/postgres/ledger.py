@@ -14,7 +14,7 @@ from pg_exports.models.model import moment
 from pg_exports.postgres import journal
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import LOCK_TIMEOUT, Session
-from pg_exports.postgres.table import NO_FILE, Destination, DestinationTable, ensure_own
+from pg_exports.postgres.table import Destination, DestinationTable, ensure_own
 
 TABLE = "pg_exports_ledger"
 
@@ -193,9 +193,7 @@ def past(
     sql = _PAST.format(ledger=quoted(schema, TABLE), journal=quoted(schema, journal.TABLE), table=table.qualified)
     [row] = session.rows(
         sql,
-        table.destination.table,
-        table.oid,
-        table.filenode or NO_FILE,
+        *table.identity,
         team_id,
         interval.start,
         interval.end,
@@ -229,9 +227,7 @@ def fingerprints(
     """The fingerprints of an export's intervals within a span that were committed to the table, by their bounds."""
     rows = session.rows(
         _FINGERPRINTS.format(ledger=quoted(table.destination.schema, TABLE)),
-        table.destination.table,
-        table.oid,
-        table.filenode or NO_FILE,
+        *table.identity,
         team_id,
         export,
         span.start,
@@ -264,9 +260,7 @@ def record(
     """
     session.execute(
         _RECORD.format(ledger=quoted(table.destination.schema, TABLE)),
-        table.destination.table,
-        table.oid,
-        table.filenode or NO_FILE,
+        *table.identity,
         team_id,
         interval.start,
         interval.end,

@@ -68,6 +68,11 @@ class DestinationTable:
         return self.destination.qualified
 
     @property
+    def identity(self) -> tuple[str, int, int]:
+        """Name, oid and filenode: the ledger and the journals know the table by these."""
+        return self.destination.table, self.oid, self.filenode or NO_FILE
+
+    @property
     def column_names(self) -> list[str]:
         """The columns that are written, in the model's order."""
         return [source.name for source, _ in self.pairs]
