@@ -16,7 +16,7 @@ from pg_exports.postgres import ledger, rejected, writer
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.resource import PostgresResource
-from pg_exports.postgres.session import Session
+from pg_exports.postgres.session import MERGE_TIMEOUT, Session
 from pg_exports.postgres.table import Destination
 
 RETRIES = dg.RetryPolicy(max_retries=5, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
@@ -164,7 +164,10 @@ def _read(
     where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
     names = ", ".join(quoted(name) for name in columns)
     answer = session.arrow(
-        f"SELECT {names} FROM {destination.qualified}{where}", *parameters, doing=f"reading {destination.qualified}"
+        f"SELECT {names} FROM {destination.qualified}{where}",
+        *parameters,
+        doing=f"reading {destination.qualified}",
+        patience=MERGE_TIMEOUT,
     )
     return pl.DataFrame(pl.from_arrow(_plain(answer)))
 

@@ -23,7 +23,7 @@ IDLE_TIMEOUT = 900
 """Seconds that the server lets a transaction wait for the next statement, should this process freeze."""
 
 MERGE_TIMEOUT = 3600
-"""Seconds that the one statement of a merge may take."""
+"""Seconds that the one statement of a merge may take, or of reading a table back."""
 
 # A server notices a client that has gone: by TCP's own means while it waits for a statement, by looking every ten seconds
 # while it works on one (PostgreSQL 14 and later). Locks are free again then.
@@ -87,10 +87,10 @@ class Session:
         except dbapi.Error as error:
             self.explain(error, doing)
 
-    def arrow(self, sql: str, *parameters: object, doing: str) -> pa.Table:
-        """The rows of one statement as an Arrow table. Raises as `rows`."""
+    def arrow(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> pa.Table:
+        """The rows of one statement as an Arrow table. Arguments and errors as those of `rows`."""
         try:
-            with self._bounded(MERGE_TIMEOUT), self._connection.cursor() as cursor:
+            with self._bounded(patience), self._connection.cursor() as cursor:
                 cursor.execute(sql, _bound(parameters))
                 return cursor.fetch_arrow_table()
         except dbapi.Error as error:

@@ -42,8 +42,9 @@ def half_a_message(answer: bytes) -> bytes:
 
 @contextlib.contextmanager
 def faulty_proxy(upstream_port: int, spoil: Spoil, end: End) -> Iterator[int]:
-    """A proxy on a port of its own, for as long as the block lasts."""
+    """A proxy on a port of its own, for as long as the block lasts. What `spoil` raises is raised at its end."""
     over = threading.Event()
+    failures: list[Exception] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -59,7 +60,12 @@ def faulty_proxy(upstream_port: int, spoil: Spoil, end: End) -> Iterator[int]:
             self.send_header("Transfer-Encoding", "chunked")
             self.end_headers()
             is_arrow = answer.headers.get("X-ClickHouse-Format") == "ArrowStream"
-            sent = spoil(answer.data) if is_arrow else answer.data
+            try:
+                sent = spoil(answer.data) if is_arrow else answer.data
+            except Exception as error:
+                # Else the broken connection would pass for the fault.
+                failures.append(error)
+                raise
             self._send_chunk(sent)
             if sent != answer.data and end is not End.CLEAN:
                 self.close_connection = True
@@ -86,3 +92,5 @@ def faulty_proxy(upstream_port: int, spoil: Spoil, end: End) -> Iterator[int]:
             over.set()
             server.shutdown()
             thread.join()
+    if failures:
+        raise failures[0]

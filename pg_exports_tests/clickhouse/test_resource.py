@@ -134,21 +134,6 @@ def test_a_stream_that_freezes_is_a_passing_error_after_the_read_timeout(sandbox
     assert time.monotonic() - started < 15
 
 
-@pytest.mark.parametrize(("spoil", "end"), [(first_messages, End.CLEAN), (half_a_message, End.ABRUPT)])
-def test_a_cut_interval_leaves_no_row_and_the_next_run_completes_it(
-    source: Source, target: Target, run: RunExport, hour: datetime, spoil: Spoil, end: End
-) -> None:
-    insert_events(source, hour, 5000)
-    export = events_export(target, hour)
-    with faulty_proxy(source.sandbox.clickhouse.http_port, spoil, end) as port:
-        through_proxy = source.resource(port=port, secure=False, settings=SMALL_BLOCKS)
-        broken = run(export, partition_key(hour), clickhouse=through_proxy)
-    assert broken.error is not None
-    assert "broke" in broken.error
-    assert (target.count("events"), target.count("pg_exports_ledger")) == (0, 0)
-    assert run(export, partition_key(hour)).counts == (5000, 0, 0)
-
-
 def test_a_poisoned_row_leaves_no_row_and_the_next_run_completes_it(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:
