@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo test soak dev lint clean sandbox postgresql pgbouncer
+.PHONY: help demo test soak bench dev lint clean sandbox postgresql pgbouncer
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
@@ -30,6 +30,11 @@ test: lint postgresql pgbouncer ## Every check and test
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
 	@$(BIN)/python -m pg_exports_tests.soak $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
+# The README has the figures of the default sizes alone.
+bench: .venv/bench-installed postgresql ## Speed beside other ways (EVENTS=1000000 ROUNDS=3 ONLY=peers,memory,ranges,small,merges)
+	@$(BIN)/python -m pg_exports_tests.bench $(if $(EVENTS),--events $(EVENTS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(EVENTS)$(ROUNDS)$(ONLY),,--write)
+
 lint: .venv/installed ## Format, lint, types, definitions
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
 	@$(BIN)/ruff check --quiet .
@@ -41,7 +46,10 @@ clean: ## Stop the sandbox; delete it and everything that was installed here
 	@if [ -e .sandbox/sandbox.json ]; then \
 		[ -x $(BIN)/python ] || { echo "The sandbox may run, and .venv is gone: \`make sandbox clean\`."; exit 1; }; \
 		$(BIN)/python -m pg_exports.sandbox down; fi
-	@rm -rf .venv .sandbox .tmp_dagster_home_* .pytest_cache .mypy_cache .ruff_cache
+	@if [ -e .bench/sandbox.json ]; then \
+		[ -x $(BIN)/python ] || { echo "A bench may run, and .venv is gone: \`make sandbox clean\`."; exit 1; }; \
+		$(BIN)/python -m pg_exports_tests.bench --stop; fi
+	@rm -rf .venv .sandbox .bench .tmp_dagster_home_* .pytest_cache .mypy_cache .ruff_cache
 
 sandbox: .venv/installed postgresql
 	@$(BIN)/python -m pg_exports.sandbox up
@@ -64,4 +72,9 @@ pgbouncer:
 	@echo "Installing into .venv ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev]' --constraint deploy/constraints.txt
+	@touch $@
+
+.venv/bench-installed: .venv/installed
+	@echo "Installing what is compared into .venv ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,bench]' --constraint deploy/constraints.txt
 	@touch $@

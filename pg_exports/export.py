@@ -9,7 +9,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal, Self, cast
@@ -318,8 +318,9 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         *,
         replay: bool,
     ) -> IntervalFrames:
-        def comment(interval: Interval | None = None) -> str:
-            named = {"partition": interval.partition_key} if interval else {}
+        def comment(some: Sequence[Interval] = ()) -> str:
+            keys = dict.fromkeys(interval.partition_key for interval in (*some[:1], *some[-1:]))
+            named = {"partition": "...".join(keys)} if keys else {}
             return json.dumps({"run_id": context.run_id, "export": self.key, **named})
 
         # Asked for when the first interval is read: a failure is the IO manager's then, who knows what is written already.
@@ -334,14 +335,13 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             )
             return without
 
-        def read(interval: Interval) -> AbstractContextManager[Any]:
-            query = query_of()(self._selection(interval))
-            return clickhouse.frames(query, model, log_comment=comment(interval))
+        def read(some: Sequence[Interval], columns: Collection[str]) -> AbstractContextManager[Any]:
+            query = query_of()(self._selection(some))
+            return clickhouse.frames(query, model, columns=columns, log_comment=comment(some))
 
-        def fingerprint(interval: Interval) -> Fingerprint:
-            return self._fingerprints(clickhouse, model, [interval], comment(interval)).get(
-                interval.start, Fingerprint()
-            )
+        def fingerprints(some: Sequence[Interval]) -> list[Fingerprint]:
+            found = self._fingerprints(clickhouse, model, some, comment(some))
+            return [found.get(interval.start, Fingerprint()) for interval in some]
 
         return IntervalFrames(
             export=self.key,
@@ -349,8 +349,8 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             team_id=self.team_id,
             intervals=asked,
             read=read,
-            fingerprint=fingerprint if model.fingerprints else None,
-            sql=lambda interval: query_of()(self._selection(interval)).for_console(),
+            fingerprints=fingerprints if model.fingerprints else None,
+            sql=lambda interval: query_of()(self._selection([interval])).for_console(),
             on_bad_rows=self.on_bad_rows,
             deduplicate=self.deduplicate,
             replay=replay,
@@ -361,16 +361,23 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     ) -> dict[datetime, Fingerprint]:
         """The fingerprints of intervals that follow each other, by their starts; of those that have rows."""
         assert model.fingerprints
-        whole = Interval("", span[0].start, span[-1].end)
-        query = model.fingerprints(self._selection(whole), [interval.start for interval in span])
         return {
             moment(start): Fingerprint(rows, xor, total)
-            for start, rows, xor, total in clickhouse.rows(query, log_comment=log_comment)
+            for start, rows, xor, total in clickhouse.rows(
+                model.fingerprints(self._selection(span)), log_comment=log_comment
+            )
         }
 
-    def _selection(self, interval: Interval) -> Selection:
-        include, exclude = tuple(self.include_events), tuple(self.exclude_events)
-        return Selection(self.team_id, interval.start, interval.end, include, exclude)
+    def _selection(self, span: Sequence[Interval]) -> Selection:
+        """The rows of intervals that follow each other."""
+        return Selection(
+            self.team_id,
+            span[0].start,
+            span[-1].end,
+            tuple(self.include_events),
+            tuple(self.exclude_events),
+            tuple(interval.start for interval in span),
+        )
 
     def _schedule(self, asset: dg.AssetsDefinition, job: Any) -> dg.ScheduleDefinition:
         partitions = asset.partitions_def

@@ -1,8 +1,8 @@
 """Intervals, what an export's asset hands to its IO manager, and what became of an interval's rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from datetime import datetime
 from typing import Literal
 
@@ -10,6 +10,7 @@ import polars as pl
 
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.models import Model
+from pg_exports.models.model import microseconds
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,19 @@ class Interval:
     start: datetime
     end: datetime
 
+    @property
+    def position(self) -> int:
+        """`start` in microseconds since 1970, as the column `INTERVAL` has it."""
+        return microseconds(self.start)
+
     def __str__(self) -> str:
         return f"[{self.start:%Y-%m-%d %H:%M}, {self.end:%Y-%m-%d %H:%M}) UTC"
+
+
+def spanned(intervals: Sequence[Interval]) -> str:
+    """Intervals that follow each other, for messages."""
+    whole = Interval("", intervals[0].start, intervals[-1].end)
+    return str(whole) if len(intervals) == 1 else f"{whole}, {len(intervals)} intervals"
 
 
 OnBadRows = Literal["repair", "reject", "fail"]
@@ -48,6 +60,9 @@ class Counts:
     missing: int
     bytes: int
 
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
     def __str__(self) -> str:
         said = (
             f"{self.at_source} rows at the source, {self.inserted} inserted, {self.updated} updated, "
@@ -58,7 +73,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class IntervalFrames:
-    """What an export's asset returns: its intervals, oldest first, and how to read one of them.
+    """What an export's asset returns: its intervals, oldest first, and how to read some of them that follow each other.
 
     It is no generator (Dagster would iterate it as events), and nothing is read before `read` is entered.
 
@@ -66,8 +81,9 @@ class IntervalFrames:
         export: the export's name.
         model, team_id: what is exported.
         intervals: oldest first.
-        read: gives frames with the model's columns; it raises where an interval cannot be read to its end.
-        fingerprint: gives that of an interval at the source now; None for a model whose rows are merged.
+        read: gives frames with the model's columns, of the optional ones those that are asked for, and `INTERVAL`; it
+            raises where the intervals cannot be read to their end.
+        fingerprints: gives those of intervals at the source now; None for a model whose rows are merged.
         sql: the query of an interval, to be pasted into a console.
         on_bad_rows: what becomes of rows that Postgres cannot hold.
         deduplicate: whether an appended row may land once in each interval or once in the whole table.
@@ -79,8 +95,8 @@ class IntervalFrames:
     model: Model
     team_id: int
     intervals: tuple[Interval, ...]
-    read: Callable[[Interval], AbstractContextManager[Iterator[pl.DataFrame]]]
-    fingerprint: Callable[[Interval], Fingerprint] | None
+    read: Callable[[Sequence[Interval], Collection[str]], AbstractContextManager[Iterator[pl.DataFrame]]]
+    fingerprints: Callable[[Sequence[Interval]], list[Fingerprint]] | None
     sql: Callable[[Interval], str]
     on_bad_rows: OnBadRows
     deduplicate: Deduplicate

@@ -3,7 +3,7 @@
 import contextlib
 import re
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import clickhouse_connect
@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 
 from pg_exports.clickhouse import arrow, errors
 from pg_exports.errors import PassingError, SettingsError, SourceError
-from pg_exports.models import FRAME_TYPES, IDENTITY, Column, Model, Query, as_read
+from pg_exports.models import FRAME_TYPES, IDENTITY, INTERVAL, Column, Model, Query, as_read
 
 CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made."""
@@ -43,8 +43,12 @@ bytes that nobody has checked. These undo them."""
 class Answer(arrow.ByteSource, Protocol):
     """An HTTP answer that can be given back before its end."""
 
+    def shutdown(self) -> None:
+        """Break off whatever is being read."""
+        ...
+
     def close(self) -> None:
-        """Hang up."""
+        """Give everything back."""
         ...
 
 
@@ -79,15 +83,18 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         return f"{'https' if self.secure else 'http'}://{self.host}:{self.port or (8443 if self.secure else 8123)}"
 
     @contextlib.contextmanager
-    def frames(self, query: Query, model: Model, *, log_comment: str) -> Iterator[Iterator[pl.DataFrame]]:
-        """Stream a model's rows: frames with exactly the model's columns, in the types of `FRAME_TYPES`, and those beside
-        them: `IDENTITY` for a model with fingerprints, `AS_READ` where a value is one that a frame cannot hold.
+    def frames(
+        self, query: Query, model: Model, *, columns: Collection[str] | None = None, log_comment: str
+    ) -> Iterator[Iterator[pl.DataFrame]]:
+        """Stream a model's rows: frames with the model's columns, in the types of `FRAME_TYPES`, and those beside them:
+        `INTERVAL`, `IDENTITY` for a model with fingerprints, `AS_READ` where a value is one that a frame cannot hold.
 
         Memory is a few blocks of ClickHouse's, whatever the size of the answer.
 
         Args:
             query: the statement and its bound parameters.
             model: whose columns the answer has.
+            columns: the optional ones among these alone are read; all by default.
             log_comment: what ClickHouse's query log keeps beside the query.
 
         Raises:
@@ -95,13 +102,17 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             SourceError: ClickHouse refused, or its answer has not the model's columns.
             PassingError: it did not answer, or the answer broke off before its end.
         """
+        asked = {column.name for column in model.columns} if columns is None else columns
+        needless = [column.name for column in model.columns if column.optional and column.name not in asked]
+        query = query.without(needless)
         with contextlib.ExitStack() as opened:
             with self._explained():
                 client = opened.enter_context(contextlib.closing(self._client()))
                 settings = {**_WHOLE_ANSWERS, "log_comment": log_comment}
                 answer = client.raw_stream(query.sql, dict(query.parameters), settings=settings, fmt="ArrowStream")
-            opened.enter_context(contextlib.closing(cast("Answer", answer)))
-            yield self._frames(_Body(cast("Answer", answer)), model)
+            opened.callback(_hang_up, cast("Answer", answer))
+            needed = [column for column in model.columns if column.name not in needless]
+            yield self._frames(_Body(cast("Answer", answer)), model, needed)
 
     def rows(self, query: Query, *, log_comment: str) -> list[tuple[Any, ...]]:
         """The rows of a query with a small answer. Arguments and errors as those of `frames`."""
@@ -159,10 +170,10 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
                     f"{self.ca_certificate} is not ({error.strerror or error})."
                 ) from None
 
-    def _frames(self, answer: arrow.ByteSource, model: Model) -> Iterator[pl.DataFrame]:
+    def _frames(self, answer: arrow.ByteSource, model: Model, columns: Sequence[Column]) -> Iterator[pl.DataFrame]:
         with self._explained():
             for batch in arrow.batches(answer):
-                yield _conformed(model.finish(pl.DataFrame(pl.from_arrow(batch))), model)
+                yield _conformed(model.finish(pl.DataFrame(pl.from_arrow(batch))), model, columns)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -196,8 +207,15 @@ class _Body:
             return partial if isinstance(partial, bytes) else b""
 
 
-def _conformed(frame: pl.DataFrame, model: Model) -> pl.DataFrame:
-    """The model's columns, each in its kind's type, `IDENTITY` for a model with fingerprints, and `AS_READ` where needed.
+def _hang_up(answer: Answer) -> None:
+    """Close an answer, from which another thread may be reading: that one ends too."""
+    with contextlib.suppress(ValueError, RuntimeError, OSError):
+        answer.shutdown()
+    answer.close()
+
+
+def _conformed(frame: pl.DataFrame, model: Model, columns: Sequence[Column]) -> pl.DataFrame:
+    """The columns, each in its kind's type, `IDENTITY` for a model with fingerprints, `INTERVAL`, and `AS_READ` where needed.
 
     A whole number past 64 bits is NULL, with its digits in `AS_READ`.
 
@@ -206,11 +224,12 @@ def _conformed(frame: pl.DataFrame, model: Model) -> pl.DataFrame:
     """
     try:
         schema = frame.schema
-        columns = [_cast(schema.get(column.name), column) for column in model.columns]
+        values = [_cast(schema.get(column.name), column) for column in columns]
         others = [pl.col(IDENTITY).cast(pl.UInt64)] if model.fingerprints else []
+        others += [pl.col(INTERVAL).cast(pl.Int64)] if INTERVAL in schema else []
         originals = as_read.originals(frame)
-        conformed = frame.select(*columns, *others)
-        for column in model.columns:
+        conformed = frame.select(*values, *others)
+        for column in columns:
             if schema[column.name] in _WIDER:
                 lost = (conformed[column.name].is_null() & frame[column.name].is_not_null()).arg_true()
                 for row, number in zip(lost, frame[column.name].gather(lost), strict=True):

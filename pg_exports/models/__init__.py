@@ -4,11 +4,34 @@
 """
 
 from pg_exports.models.events import EVENTS
-from pg_exports.models.model import AS_READ, FRAME_TYPES, IDENTITY, Column, Kind, Merge, Model, Query, Selection
+from pg_exports.models.model import (
+    AS_READ,
+    FRAME_TYPES,
+    IDENTITY,
+    INTERVAL,
+    Column,
+    Kind,
+    Merge,
+    Model,
+    Query,
+    Selection,
+)
 from pg_exports.models.persons import PERSONS
 from pg_exports.models.sessions import SESSIONS
 
 MODELS = {model.name: model for model in (EVENTS, PERSONS, SESSIONS)}
 """The built-in models by name."""
 
-__all__ = ["AS_READ", "FRAME_TYPES", "IDENTITY", "MODELS", "Column", "Kind", "Merge", "Model", "Query", "Selection"]
+__all__ = [
+    "AS_READ",
+    "FRAME_TYPES",
+    "IDENTITY",
+    "INTERVAL",
+    "MODELS",
+    "Column",
+    "Kind",
+    "Merge",
+    "Model",
+    "Query",
+    "Selection",
+]

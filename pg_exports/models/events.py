@@ -6,8 +6,6 @@ query marks every other document as a suspect, and `finish` reads its text exact
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from datetime import datetime
 
 import polars as pl
 
@@ -19,7 +17,6 @@ from pg_exports.models.model import (
     Selection,
     integer,
     jsonb,
-    microseconds,
     text,
     timestamptz,
     varchar,
@@ -49,13 +46,18 @@ def _raw(key: str) -> str:
 
 _IDENTITY = "cityHash64(e.event, cityHash64(e.distinct_id), cityHash64(e.uuid))"
 
+_INTERVAL = """roundDown(
+        toUnixTimestamp64Micro(toDateTime64(coalesce(e.inserted_at, e._timestamp), 6, 'UTC')),
+        {boundaries:Array(Int64)}
+    )"""
+
 _FROM = """FROM events AS e
 WHERE e.team_id = {team_id:Int64}
     AND coalesce(e.inserted_at, e._timestamp) >= {interval_start:DateTime64(6, 'UTC')}
     AND coalesce(e.inserted_at, e._timestamp) < {interval_end:DateTime64(6, 'UTC')}
     __EVENT_FILTERS__"""
 
-# One row of a ReplacingMergeTree that holds an event twice: the same identity as the table's own sort key.
+# One row in each interval of a ReplacingMergeTree that holds an event twice: the same identity as the table's own sort key.
 SQL = f"""
 WITH
     {_raw("$set")} AS raw_set,
@@ -85,21 +87,17 @@ SELECT
         AND {_certain("$ip", "raw_ip")}
         AND NOT multiSearchAny(e.properties, [{_ESCAPED_LETTERS}])
         AND position(raw_ip, '\\\\') = 0
-    ) AS suspect
+    ) AS suspect,
+    {_INTERVAL} AS interval_start
 {_FROM}
-LIMIT 1 BY e.team_id, e.event, cityHash64(e.distinct_id), cityHash64(e.uuid)
+LIMIT 1 BY e.team_id, e.event, cityHash64(e.distinct_id), cityHash64(e.uuid), interval_start
 """
 
 # Distinct, as a merge of the table's parts drops repeated rows and must not change a fingerprint.
 FINGERPRINTS_SQL = f"""
 SELECT interval_start, count() AS rows, groupBitXor(identity) AS identity_xor, sumWithOverflow(identity) AS identity_sum
 FROM (
-    SELECT DISTINCT
-        roundDown(
-            toUnixTimestamp64Micro(toDateTime64(coalesce(e.inserted_at, e._timestamp), 6, 'UTC')),
-            {{boundaries:Array(Int64)}}
-        ) AS interval_start,
-        {_IDENTITY} AS identity
+    SELECT DISTINCT {_INTERVAL} AS interval_start, {_IDENTITY} AS identity
     {_FROM}
 )
 GROUP BY interval_start
@@ -107,22 +105,17 @@ GROUP BY interval_start
 
 
 def query(selection: Selection) -> Query:
-    """Events that ClickHouse received in the interval, each identity once."""
-    return _query(SQL, selection, {})
+    """Events that ClickHouse received in each interval, each identity once."""
+    return _query(SQL, selection)
 
 
-def fingerprints(selection: Selection, starts: Sequence[datetime]) -> Query:
-    """The fingerprint of each of the intervals that the selection consists of, in one query.
-
-    Args:
-        selection: from the first interval's start to the last one's end.
-        starts: the beginning of each interval, ascending.
-    """
-    return _query(FINGERPRINTS_SQL, selection, {"boundaries": [microseconds(start) for start in starts]})
+def fingerprints(selection: Selection) -> Query:
+    """The fingerprint of each of the intervals that the selection consists of, in one query."""
+    return _query(FINGERPRINTS_SQL, selection)
 
 
-def _query(sql: str, selection: Selection, more: Mapping[str, object]) -> Query:
-    filters, parameters = [], {**selection.parameters, **more}
+def _query(sql: str, selection: Selection) -> Query:
+    filters, parameters = [], selection.parameters
     if selection.include_events:
         filters.append("AND e.event IN {include_events:Array(String)}")
         parameters["include_events"] = list(selection.include_events)
@@ -160,13 +153,15 @@ _CUT_OUT = ("set", "set_once", "ip")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
+_read = json_text.reader(("$set", "$set_once", "$ip"))
+
+
 def _set_values(document: str) -> tuple[str | None, str | None, str | None]:
-    members = json_text.members(document)
-    ip = members.get("$ip", "")
+    set_, set_once, ip = _read(document)
     return (
-        _not_null(members.get("$set")),
-        _not_null(members.get("$set_once")),
-        json_text.unescaped(ip) or None if ip.startswith('"') else None,
+        _not_null(set_),
+        _not_null(set_once),
+        json_text.unescaped(ip) or None if ip and ip.startswith('"') else None,
     )
 
 

@@ -6,11 +6,37 @@ escapes, numbers and surrogates that they refuse. It is no validator: Postgres h
 
 import json
 import re
+from collections.abc import Callable, Sequence
+
+import msgspec
 
 _SPACE = re.compile(r"[ \t\n\r]*+")
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _STRING_OR_BRACKET = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^,\]}\s]++")
+
+
+def reader(keys: Sequence[str]) -> Callable[[str], list[str | None]]:
+    """A function that gives the raw text of these members of a JSON object, None for those that it lacks.
+
+    By msgspec where it takes the document (2 us for 1 KB), and else, as it is stricter than Postgres, by `members` (86 us).
+    """
+    nothing = msgspec.Raw(b"")
+    names = [f"member_{n}" for n in range(len(keys))]
+    fields = [(name, msgspec.Raw, nothing) for name in names]
+    decode = msgspec.json.Decoder(
+        msgspec.defstruct("Members", fields, rename=dict(zip(names, keys, strict=True)))
+    ).decode
+
+    def read(document: str) -> list[str | None]:
+        try:
+            found = decode(document)
+        except (msgspec.MsgspecError, RecursionError, UnicodeEncodeError):
+            exact = members(document)
+            return [exact.get(key) for key in keys]
+        return [bytes(getattr(found, name)).decode() or None for name in names]
+
+    return read
 
 
 def members(document: str) -> dict[str, str]:

@@ -45,6 +45,10 @@ AS_READ = "as_read"
 """A column of frames beside the model's own, in those frames alone that need it: what a row's values were before they were
 made to fit a frame, as a JSON object by column (String, NULL for the rows that fit)."""
 
+INTERVAL = "interval_start"
+"""A column of a query's answer beside the model's own (Int64): the beginning of the interval in which the row counts, in
+microseconds since 1970."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -103,13 +107,22 @@ class Merge:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of a model to read: one team, one interval of insertion time in UTC, and filters on event names."""
+    """Which rows of a model to read: one team, insertion times in UTC, and filters on event names.
+
+    Attributes:
+        team_id: the team.
+        start, end: `[start, end)` of one interval, or of several that follow each other.
+        include_events, exclude_events: names of events; none for no filter.
+        starts: the beginning of each interval that the selection consists of, ascending, the first being `start`; empty
+            for the one interval from `start`.
+    """
 
     team_id: int
     start: datetime
     end: datetime
     include_events: tuple[str, ...] = ()
     exclude_events: tuple[str, ...] = ()
+    starts: tuple[datetime, ...] = ()
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -118,6 +131,7 @@ class Selection:
             "team_id": self.team_id,
             "interval_start": _clickhouse_time(self.start),
             "interval_end": _clickhouse_time(self.end),
+            "boundaries": [microseconds(start) for start in self.starts or (self.start,)],
         }
 
 
@@ -127,6 +141,12 @@ class Query:
 
     sql: str
     parameters: Mapping[str, object]
+
+    def without(self, columns: Sequence[str]) -> "Query":
+        """The same rows without these columns of the answer, which ClickHouse then need not read."""
+        if not columns:
+            return self
+        return Query(f"SELECT * EXCEPT ({', '.join(columns)}) FROM (\n{self.sql.strip()}\n)", self.parameters)
 
     def for_console(self) -> str:
         """The query with its values as `SET param_...` lines before it, to be pasted into clickhouse-client."""
@@ -149,12 +169,14 @@ class Model:
         key: columns that identify a row. With `merge` they are the table's primary key; without, a destination must have
             at least the first, by which rows that are there are told from new ones.
         merge: None for a model whose rows are only appended.
-        query: the ClickHouse query of a selection. It gives every column of the model, and may give more for `finish`.
-        finish: what is left to do on each frame of the query's answer; it gives the model's columns, and `IDENTITY` for a
-            model with fingerprints.
-        fingerprints: the query of the fingerprint of each interval of a selection, given their beginnings: its start in
-            microseconds since 1970, rows, XOR and sum of their identities. None for a model that is merged, and for one
-            whose rows have no identity: then a re-run asks the table for its keys.
+        query: the ClickHouse query of a selection. It gives every column of the model and `INTERVAL`, and may give more
+            for `finish`. A row that counts in several of the selection's intervals comes once for each of them, as it
+            would if that interval were asked for alone.
+        finish: what is left to do on each frame of the query's answer, which may lack optional columns. It gives the
+            model's columns, `IDENTITY` for a model with fingerprints, and what else the frame has, as it is.
+        fingerprints: the query of the fingerprint of each interval of a selection: its start in microseconds since 1970,
+            rows, XOR and sum of their identities. None for a model that is merged, and for one whose rows have no
+            identity: then a re-run asks the table for its keys.
         dictionary: a ClickHouse dictionary that `query_without_dictionary` does without.
         query_without_dictionary: the query for a source that lacks the dictionary.
     """
@@ -166,7 +188,7 @@ class Model:
     merge: Merge | None
     query: Callable[[Selection], Query]
     finish: Callable[[pl.DataFrame], pl.DataFrame] = _as_it_is
-    fingerprints: Callable[[Selection, Sequence[datetime]], Query] | None = None
+    fingerprints: Callable[[Selection], Query] | None = None
     dictionary: str | None = None
     query_without_dictionary: Callable[[Selection], Query] | None = None
 
@@ -187,8 +209,7 @@ def _clickhouse_time(time: datetime) -> str:
 
 def _console_value(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        items = ", ".join(_quoted(str(item)) for item in value)
-        return _quoted(f"[{items}]")
+        return _quoted(f"[{', '.join(map(_console_value, value))}]")
     return str(value) if isinstance(value, int) else _quoted(str(value))
 
 

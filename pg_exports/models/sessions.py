@@ -52,7 +52,8 @@ WITH
             argMaxMerge(s.last_external_click_url) AS last_external_click_url,
             uniqUpToMerge(1)(s.page_screen_autocapture_uniq_up_to) AS page_screen_autocapture_count_up_to,
             argMinMerge(s.vitals_lcp) AS vitals_lcp,
-            dateDiff('second', start_timestamp, end_timestamp) AS duration
+            dateDiff('second', start_timestamp, end_timestamp) AS duration,
+            roundDown(toUnixTimestamp64Micro(max(s.max_inserted_at)), {boundaries:Array(Int64)}) AS interval_start
         FROM raw_sessions AS s
         WHERE s.team_id = {team_id:Int64}
             AND __SESSION_HOUR__ GLOBAL IN (SELECT session_hour FROM touched)
@@ -93,7 +94,8 @@ SELECT
     sessions.page_screen_autocapture_count_up_to AS page_screen_autocapture_count_up_to,
     sessions.end_current_url AS exit_current_url,
     path(sessions.end_current_url) AS exit_pathname,
-    sessions.vitals_lcp AS vitals_lcp
+    sessions.vitals_lcp AS vitals_lcp,
+    sessions.interval_start AS interval_start
 FROM sessions
 """
 
@@ -113,7 +115,7 @@ _STATEMENT = (
 
 
 def query(selection: Selection) -> Query:
-    """Sessions whose last insertion is in the interval, each whole."""
+    """Sessions whose last insertion is in one of the intervals, each whole."""
     return Query(_STATEMENT.replace("__CHANNEL_TYPE__", channel_type.SQL), selection.parameters)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import polars as pl
 
 from pg_exports.interval import OnBadRows
-from pg_exports.models import AS_READ, IDENTITY, Column, Kind, Model, as_read
+from pg_exports.models import AS_READ, IDENTITY, INTERVAL, Column, Kind, Model, as_read
 from pg_exports.postgres import types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import DestinationTable
@@ -48,12 +48,14 @@ class BadRow:
         column: which column is at fault, where that is known.
         reason: what is wrong with it, for a person.
         row: the row as it was, as JSON.
+        interval: in which it counts, as the column `INTERVAL` has it.
     """
 
     key: str
     column: str | None
     reason: str
     row: str
+    interval: int | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,7 @@ def bad_rows(frame: pl.DataFrame, reasons: Mapping[int, tuple[str | None, str]],
     originals = as_read.originals(rows)
     bad = []
     for n, values in enumerate(rows.drop(IDENTITY, AS_READ, strict=False).iter_rows(named=True)):
+        interval = values.pop(INTERVAL, None)
         row = values | originals.get(n, {})
         key = {name: row[name] for name in model.key}
         column, reason = reasons[found[n]]
@@ -155,7 +158,7 @@ def bad_rows(frame: pl.DataFrame, reasons: Mapping[int, tuple[str | None, str]],
             reason = (
                 f"{reason}\nThe row is too great to be kept: of each text the first {KEPT_CHARACTERS} characters are."
             )
-        bad.append(BadRow(json.dumps(key, default=str), column, reason, text))
+        bad.append(BadRow(json.dumps(key, default=str), column, reason, text, interval))
     return bad
 
 

@@ -1,8 +1,12 @@
 """The IO manager: writes an export's intervals to its table, each in one transaction, and reads the table back."""
 
+import functools
+import itertools
+import operator
 import time
-from collections.abc import Mapping
-from datetime import UTC
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, timedelta
 from typing import Any
 
 import dagster as dg
@@ -11,7 +15,7 @@ import pyarrow as pa
 from pydantic import PrivateAttr
 
 from pg_exports.errors import PassingError, SettingsError
-from pg_exports.interval import Counts, Interval, IntervalFrames
+from pg_exports.interval import Counts, Interval, IntervalFrames, spanned
 from pg_exports.postgres import ledger, rejected, writer
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
@@ -21,6 +25,15 @@ from pg_exports.postgres.table import Destination
 
 RETRIES = dg.RetryPolicy(max_retries=5, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """After a passing error a run tries again, up to five times in about a minute; after any other one it fails at once."""
+
+SPAN = timedelta(days=31)
+"""Most that one transaction covers: it holds a lock for each hour."""
+
+ROWS_TOGETHER = 100_000
+"""Rows at the source for which small intervals are read by one query, and written in one transaction."""
+
+GROWTH = 8
+"""How many times more intervals the next transaction may have than the last one."""
 
 Metadata = dict[str, Any]
 """A materialisation's metadata."""
@@ -47,7 +60,7 @@ class PostgresIOManager(dg.ConfigurableIOManager):
 
     postgres: dg.ResourceDependency[PostgresResource]
     # By run and step, over the tries of a step.
-    _written: dict[tuple[str, str], dict[Interval, Metadata]] = PrivateAttr(default_factory=dict)
+    _progress: dict[tuple[str, str], "_Progress"] = PrivateAttr(default_factory=dict)
 
     def handle_output(self, context: dg.OutputContext, obj: IntervalFrames) -> None:
         """Write every interval of the run, oldest first; the counts become the partition's metadata.
@@ -61,36 +74,62 @@ class PostgresIOManager(dg.ConfigurableIOManager):
                 f"{context.asset_key.to_user_string()} returns {type(obj).__name__}; this IO manager writes what an "
                 "export's asset returns. Give the asset another `io_manager_key`."
             )
-        written = self._written.setdefault((context.run_id, context.step_key), {})
+        progress = self._progress.setdefault((context.run_id, context.step_key), _Progress())
         try:
-            self._write(context, obj, written)
+            self._write(context, obj, progress)
         except BaseException as error:
             if isinstance(error, PassingError):
                 _try_again(context, error)
-            _show(context, written)
+            _show(context, progress.written)
             if isinstance(error, dg.Failure) or not isinstance(error, Exception):
                 raise
             # What nobody has foreseen is not over at the next try either.
             raise dg.Failure(f"{type(error).__name__}: {error}", allow_retries=False) from error
 
-    def _write(self, context: dg.OutputContext, export: IntervalFrames, written: dict[Interval, Metadata]) -> None:
+    def _write(self, context: dg.OutputContext, export: IntervalFrames, progress: "_Progress") -> None:
         destination = destination_of(context.definition_metadata)
         with self.postgres.session(destination.database, context.log) as session:
             with session.transaction():
                 tables.ensure(session, destination, export.model, key_index=export.deduplicate == "table")
                 ledger.ensure(session, destination.schema)
                 rejected.ensure(session, destination.schema)
-            for interval in export.intervals:
-                started = time.monotonic()
-                counts = writer.write(session, destination, export, interval, context.run_id, context.log)
-                seconds = time.monotonic() - started
-                say = context.log.warning if counts.rejected or counts.missing else context.log.info
-                say(f"{export.export} {interval}: {counts} in {seconds:.1f} s")
-                export.written[interval] = counts
-                written[interval] = _metadata(export, interval, counts, seconds)
-                dg.AssetExecutionContext.get().add_asset_metadata(
-                    written[interval], partition_key=interval.partition_key
-                )
+            todo, together = export.intervals, 1
+            while todo:
+                some = _together(todo, together, progress.alone)
+                began = time.monotonic()
+                try:
+                    outcome = writer.write(session, destination, export, some, context.run_id, context.log)
+                except Exception as error:
+                    if len(some) == 1:
+                        raise
+                    # So that those before the one at fault are written, and the error is about that one.
+                    progress.alone.update(some)
+                    if isinstance(error, PassingError):
+                        raise
+                    continue
+                self._note(context, export, progress, outcome, time.monotonic() - began)
+                todo = todo[len(outcome.counts) :]
+                together = _next_together(outcome.counts)
+
+    def _note(
+        self,
+        context: dg.OutputContext,
+        export: IntervalFrames,
+        progress: "_Progress",
+        outcome: writer.Outcome,
+        seconds: float,
+    ) -> None:
+        """Say what was written, in the log and for each partition."""
+        counts = outcome.counts
+        total = functools.reduce(operator.add, counts.values())
+        say = context.log.warning if total.rejected or total.missing else context.log.info
+        say(f"{export.export} {spanned(list(counts))}: {total} in {seconds:.1f} s")
+        export.written.update(counts)
+        for interval in counts:
+            share = (counts[interval].at_source + 1) / (total.at_source + len(counts))
+            metadata = _metadata(export, interval, counts[interval], seconds * share, outcome.seconds_source * share)
+            progress.written[interval] = metadata
+            dg.AssetExecutionContext.get().add_asset_metadata(metadata, partition_key=interval.partition_key)
 
     def load_input(self, context: dg.InputContext) -> pl.DataFrame:
         """The rows of the export's team: of the partition's interval where the table of an append model has
@@ -106,6 +145,31 @@ class PostgresIOManager(dg.ConfigurableIOManager):
         destination = destination_of(metadata)
         with self.postgres.session(destination.database, context.log) as session, session.transaction():
             return _read(session, destination, context, metadata)
+
+
+@dataclass
+class _Progress:
+    """How far a step has come: the intervals that are written, and those that are not to be written with others."""
+
+    written: dict[Interval, Metadata] = field(default_factory=dict)
+    alone: set[Interval] = field(default_factory=set)
+
+
+def _together(todo: Sequence[Interval], count: int, alone: Collection[Interval]) -> Sequence[Interval]:
+    """The intervals to write in the next transaction: up to so many, of no more than `SPAN`."""
+    if todo[0] in alone:
+        return todo[:1]
+    last = todo[0].start + SPAN
+    return (
+        list(itertools.takewhile(lambda interval: interval.end <= last and interval not in alone, todo[:count]))
+        or todo[:1]
+    )
+
+
+def _next_together(written: Mapping[Interval, Counts]) -> int:
+    """How many intervals to write after these: as many as have `ROWS_TOGETHER`, if they are like them."""
+    rows = sum(counts.at_source for counts in written.values())
+    return max(1, min(len(written) * GROWTH, ROWS_TOGETHER * len(written) // max(rows, 1)))
 
 
 def destination_of(metadata: Mapping[str, Any]) -> Destination:
@@ -129,7 +193,9 @@ def _show(context: dg.OutputContext, written: Mapping[Interval, Metadata]) -> No
         )
 
 
-def _metadata(export: IntervalFrames, interval: Interval, counts: Counts, seconds: float) -> Metadata:
+def _metadata(
+    export: IntervalFrames, interval: Interval, counts: Counts, seconds: float, seconds_source: float
+) -> Metadata:
     return {
         "dagster/partition_row_count": counts.at_source,
         "rows_at_source": counts.at_source,
@@ -140,6 +206,7 @@ def _metadata(export: IntervalFrames, interval: Interval, counts: Counts, second
         "rows_rejected": counts.rejected,
         "bytes": counts.bytes,
         "seconds": round(seconds, 3),
+        "seconds_source": round(seconds_source, 3),
         "interval_start": dg.MetadataValue.timestamp(interval.start),
         "interval_end": dg.MetadataValue.timestamp(interval.end),
         "query": dg.MetadataValue.md(f"```sql\n{export.sql(interval)}```"),

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 import polars as pl
 import pyarrow as pa
 
-from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Interval
 from pg_exports.models import IDENTITY
 from pg_exports.postgres.identifiers import quoted
@@ -38,11 +37,10 @@ CREATE TABLE IF NOT EXISTS {journal} (
 )
 """
 
-# No interval is longer than a week and an hour, by which the index finds those that overlap.
+# What overlaps `[first, last)`. No interval is longer than a week and an hour, by which the index finds those that do.
 OVERLAPPING = """
     destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4
-    AND interval_start > $5::text::timestamptz - interval '8 days'
-    AND interval_start < $6::text::timestamptz AND interval_end > $5::text::timestamptz
+    AND interval_start > first - interval '8 days' AND interval_start < last AND interval_end > first
 """
 
 
@@ -54,7 +52,11 @@ def ensure(session: Session, schema: str) -> None:
 def read(session: Session, table: DestinationTable, team_id: int, interval: Interval) -> pl.Series:
     """The identities of the team's rows of the interval that are in the table (UInt64, ascending)."""
     answer = session.arrow(
-        f"SELECT keys FROM {quoted(table.destination.schema, TABLE)} WHERE {OVERLAPPING}",
+        f"""
+        SELECT keys
+        FROM {quoted(table.destination.schema, TABLE)}, (SELECT $5::text::timestamptz, $6::text::timestamptz) AS i(first, last)
+        WHERE {OVERLAPPING}
+        """,
         *table.identity,
         team_id,
         interval.start,
@@ -67,34 +69,22 @@ def read(session: Session, table: DestinationTable, team_id: int, interval: Inte
 
 
 class Sieve:
-    """Lets the rows of an interval through that no journal knows, and takes the fingerprint of all of them.
+    """Lets the rows through that no journal knows.
 
     Attributes:
-        rows: how many came.
-        known: how many of them it kept back.
-        fingerprint: of all that came, where they have identities.
+        known: how many it kept back.
     """
 
     def __init__(self, keys: pl.Series) -> None:
-        """`keys`: identities that are in the table, ascending."""
+        """`keys`: identities that are in the table, ascending, at least one."""
         self._keys = keys
-        self.rows = 0
         self.known = 0
-        self.fingerprint = Fingerprint()
 
     def sift(self, frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
-        """The rows that are not known. Frames without identities pass as they are."""
+        """The rows that are not known."""
         for frame in frames:
-            self.rows += frame.height
-            if IDENTITY not in frame.columns:
-                yield frame
-                continue
-            identities = frame[IDENTITY]
-            self.fingerprint += Fingerprint.of(identities)
-            if self._keys.is_empty():
-                yield frame
-                continue
             # A sorted search: a hash table of all the keys, once for each frame, would take ten times as long.
+            identities = frame[IDENTITY]
             places = self._keys.search_sorted(identities).clip(0, len(self._keys) - 1)
             is_known = self._keys.gather(places) == identities
             self.known += int(is_known.sum())
@@ -102,53 +92,45 @@ class Sieve:
 
 
 class Journal:
-    """Writes the identities of rows that landed, a piece at a time, in the transaction that writes the rows.
+    """Writes the identities of rows that landed, some pieces at a time, in the transaction that writes the rows."""
 
-    Attributes:
-        written: how many.
-    """
-
-    def __init__(
-        self, session: Session, table: DestinationTable, team_id: int, interval: Interval, export: str, run_id: str
-    ) -> None:
+    def __init__(self, session: Session, table: DestinationTable, team_id: int, export: str, run_id: str) -> None:
         self._session = session
         self._table = table
-        self._key = (
-            *table.identity,
-            team_id,
-            interval.start,
-            interval.end,
-            export,
-            run_id,
-        )
-        self._waiting: list[pl.Series] = []
-        self.written = 0
+        self._key = (*table.identity, team_id, export, run_id)
+        self._waiting: dict[Interval, list[pl.Series]] = {}
+        self._count = 0
 
-    def add(self, rows: pl.DataFrame) -> None:
-        """Rows that landed; without identities (of a model whose rows are merged) there is nothing to keep."""
-        if IDENTITY in rows.columns:
-            self._waiting.append(rows[IDENTITY])
-            if sum(map(len, self._waiting)) >= PIECE:
-                self.flush()
+    def add(self, interval: Interval, identities: pl.Series) -> None:
+        """Rows of an interval that landed."""
+        self._waiting.setdefault(interval, []).append(identities)
+        self._count += len(identities)
+        if self._count >= PIECE:
+            self.flush()
 
     def flush(self) -> None:
         """Write what is waiting."""
-        keys = pl.concat(self._waiting) if self._waiting else pl.Series(IDENTITY, [], pl.UInt64)
-        for piece in range(0, len(keys), PIECE):
-            some = keys[piece : piece + PIECE]
+        pieces = [
+            (interval, keys[start : start + PIECE])
+            for interval, keys in ((interval, pl.concat(some)) for interval, some in self._waiting.items())
+            for start in range(0, len(keys), PIECE)
+        ]
+        if pieces:
             self._session.execute(
                 f"""
                 INSERT INTO {quoted(self._table.destination.schema, TABLE)} (
-                    destination, table_oid, table_filenode, team_id, interval_start, interval_end, export, run_id, keys
+                    destination, table_oid, table_filenode, team_id, export, run_id, interval_start, interval_end, keys
                 )
-                VALUES ($1, $2, $3, $4, $5::text::timestamptz, $6::text::timestamptz, $7, $8, $9)
+                SELECT $1, $2, $3, $4, $5, $6, piece.*
+                FROM unnest($7::text[]::timestamptz[], $8::text[]::timestamptz[], $9::bytea[]) AS piece
                 """,
                 *self._key,
-                _bytes(some),
-                doing="writing the keys of the interval's rows",
+                [interval.start.isoformat() for interval, _ in pieces],
+                [interval.end.isoformat() for interval, _ in pieces],
+                [_bytes(keys) for _, keys in pieces],
+                doing="writing the keys of the intervals' rows",
             )
-        self.written += len(keys)
-        self._waiting = []
+        self._waiting, self._count = {}, 0
 
 
 def _bytes(keys: pl.Series) -> bytes:

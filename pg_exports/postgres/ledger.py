@@ -5,6 +5,7 @@ later run. With the key journals beside it, it tells what a table has of an inte
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -51,13 +52,14 @@ CREATE TABLE IF NOT EXISTS {ledger} (
 
 _RECORD = """
 INSERT INTO {ledger} (
-    destination, table_oid, table_filenode, team_id, interval_start, interval_end, export, partition_filenodes,
-    fingerprint, rows_before, rows_at_source, rows_inserted, rows_updated, rows_unchanged, rows_repaired, rows_rejected,
-    rows_missing, keys, bytes, run_id, started_at, committed_at
+    destination, table_oid, table_filenode, partition_filenodes, team_id, export, rows_before, run_id, started_at,
+    committed_at, interval_start, interval_end, fingerprint, rows_at_source, rows_inserted, rows_updated, rows_unchanged,
+    rows_repaired, rows_rejected, rows_missing, keys, bytes
 )
-VALUES (
-    $1, $2, $3, $4, $5::text::timestamptz, $6::text::timestamptz, $7, $8::text::bigint[], $9, $10, $11, $12, $13, $14,
-    $15, $16, $17, $18, $19, $20, $21::text::timestamptz, clock_timestamp()
+SELECT $1, $2, $3, $4::text::bigint[], $5, $6, $7, $8, $9::text::timestamptz, clock_timestamp(), written.*
+FROM json_to_recordset($10::text::json) AS written(
+    interval_start timestamptz, interval_end timestamptz, fingerprint text, at_source bigint, inserted bigint,
+    updated bigint, unchanged bigint, repaired bigint, rejected bigint, missing bigint, keys bigint, bytes bigint
 )
 ON CONFLICT (destination, table_oid, table_filenode, team_id, interval_start, interval_end, export) DO UPDATE SET
     partition_filenodes = excluded.partition_filenodes,
@@ -82,43 +84,64 @@ ON CONFLICT (destination, table_oid, table_filenode, team_id, interval_start, in
 # Of an interval that several exports wrote, each one's journal must be whole.
 _PAST = f"""
 WITH
-    overlapping AS (
-        SELECT * FROM {{ledger}} WHERE {journal.OVERLAPPING}
+    asked AS (
+        SELECT *
+        FROM unnest($5::text[]::timestamptz[], $6::text[]::timestamptz[]) WITH ORDINALITY AS a(first, last, number)
     ),
-    journaled AS (
-        SELECT interval_start, interval_end, export, sum(octet_length(keys)) / 8 AS keys
-        FROM {{journal}} WHERE {journal.OVERLAPPING}
-        GROUP BY interval_start, interval_end, export
+    overlapping AS MATERIALIZED (
+        SELECT asked.*, ledger.*
+        FROM asked
+        JOIN {{ledger}} AS ledger ON {journal.OVERLAPPING}
     ),
-    same AS (
-        SELECT * FROM overlapping
-        WHERE interval_start = $5::text::timestamptz AND interval_end = $6::text::timestamptz
+    journaled AS MATERIALIZED (
+        SELECT number, interval_start, interval_end, export, sum(octet_length(keys)) / 8 AS keys
+        FROM asked
+        JOIN {{journal}} AS journal ON {journal.OVERLAPPING}
+        GROUP BY number, interval_start, interval_end, export
+    ),
+    found AS (
+        SELECT
+            number,
+            bool_and(
+                overlapping.keys = coalesce(journaled.keys, 0) AND partition_filenodes <@ $7::text::bigint[]
+            ) AS is_journaled,
+            sum(journaled.keys) FILTER (
+                WHERE interval_start = first AND interval_end = last AND export = $8
+            ) AS keys,
+            string_agg(fingerprint, ' ') FILTER (
+                WHERE interval_start = first AND interval_end = last AND rows_rejected = 0 AND rows_missing = 0
+                    AND partition_filenodes <@ $7::text::bigint[]
+            ) AS fingerprints,
+            min(
+                json_build_object(
+                    'at_source', rows_at_source, 'inserted', rows_inserted, 'updated', rows_updated,
+                    'unchanged', rows_unchanged, 'repaired', rows_repaired, 'rejected', rows_rejected,
+                    'missing', rows_missing, 'bytes', bytes
+                )::text
+            ) FILTER (
+                WHERE interval_start = first AND interval_end = last AND export = $8 AND run_id = $9
+            ) AS by_this_run
+        FROM overlapping
+        LEFT JOIN journaled USING (number, interval_start, interval_end, export)
+        GROUP BY number
     )
 SELECT
-    (
-        SELECT rows_before FROM {{ledger}}
-        WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
-        LIMIT 1
-    ),
-    EXISTS (SELECT FROM {{table}}),
-    EXISTS (SELECT FROM overlapping),
-    (
-        SELECT count(*) FROM overlapping
-        LEFT JOIN journaled USING (interval_start, interval_end, export)
-        WHERE overlapping.keys <> coalesce(journaled.keys, 0) OR NOT partition_filenodes <@ $7::text::bigint[]
-    ) = 0,
     coalesce(
         (
-            SELECT keys::bigint FROM journaled
-            WHERE interval_start = $5::text::timestamptz AND interval_end = $6::text::timestamptz AND export = $8
+            SELECT rows_before FROM {{ledger}}
+            WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
+            LIMIT 1
         ),
-        0
+        EXISTS (SELECT FROM {{table}})
     ),
-    (
-        SELECT string_agg(fingerprint, ' ') FROM same
-        WHERE rows_rejected = 0 AND rows_missing = 0 AND partition_filenodes <@ $7::text::bigint[]
-    ),
-    (SELECT row_to_json(same)::text FROM same WHERE export = $8 AND run_id = $9)
+    found.number IS NOT NULL,
+    coalesce(found.is_journaled, true),
+    coalesce(found.keys, 0)::bigint,
+    coalesce(found.fingerprints, ''),
+    found.by_this_run
+FROM asked
+LEFT JOIN found USING (number)
+ORDER BY number
 """
 
 _FINGERPRINTS = """
@@ -154,63 +177,105 @@ class Past:
     by_this_run: Counts | None
 
 
+@dataclass(frozen=True)
+class Written:
+    """An interval's counts, and what the ledger keeps beside them.
+
+    Attributes:
+        fingerprint: of the interval's rows at the source; None where they have no identity.
+        keys: keys in the export's journals of the interval, or `UNKNOWN`.
+    """
+
+    counts: Counts
+    fingerprint: Fingerprint | None
+    keys: int
+
+
 def ensure(session: Session, schema: str) -> None:
     """Create the ledger and the journals where they are missing. Raises as `table.ensure_own`."""
     ensure_own(session, schema, TABLE, _CREATE.format(ledger=quoted(schema, TABLE)))
     journal.ensure(session, schema)
 
 
-def lock(session: Session, destination: Destination, interval: Interval, *, whole_table: bool = False) -> None:
-    """Wait for every run that writes to the table in an hour that the interval touches, and keep others waiting.
+def lock(
+    session: Session, destination: Destination, intervals: Sequence[Interval], *, whole_table: bool = False
+) -> Sequence[Interval]:
+    """Wait for every run that writes to the table in an hour that the first interval touches, and keep others waiting.
 
     Hours, in ascending order, so that intervals of different lengths meet without a deadlock. Until the transaction ends.
     With `whole_table` also for every other run that asks for it.
+
+    Gives the first interval, and those that follow it up to one that another run holds: for these none is waited for.
     """
+    name = f"pg_exports: {destination.qualified}"
     if whole_table:
         session.execute(
             "SELECT pg_advisory_xact_lock(hashtext($1))",
-            f"pg_exports: {destination.qualified}",
+            name,
             doing=f"waiting for another run into {destination.qualified}",
             patience=LOCK_TIMEOUT,
         )
-    first = int(interval.start.timestamp()) // 3600
-    last = (int(interval.end.timestamp()) - 1) // 3600
     session.execute(
         "SELECT count(pg_advisory_xact_lock(hashtext($1), hour::int)) FROM generate_series($2::bigint, $3::bigint) AS hour",
-        f"pg_exports: {destination.qualified}",
-        first,
-        last,
-        doing=f"waiting for another run of {interval}",
+        name,
+        *_hours(intervals[0]),
+        doing=f"waiting for another run of {intervals[0]}",
         patience=LOCK_TIMEOUT,
     )
+    if len(intervals) == 1:
+        return intervals
+    [(held,)] = session.rows(
+        """
+        SELECT min(hour) FROM generate_series($2::bigint, $3::bigint) AS hour
+        WHERE NOT pg_try_advisory_xact_lock(hashtext($1), hour::int)
+        """,
+        name,
+        _hours(intervals[0])[1] + 1,
+        _hours(intervals[-1])[1],
+        doing="looking for other runs",
+    )
+    return [interval for interval in intervals if held is None or _hours(interval)[1] < int(str(held))]
+
+
+def _hours(interval: Interval) -> tuple[int, int]:
+    """The first and the last hour that the interval touches, since 1970."""
+    return int(interval.start.timestamp()) // 3600, (int(interval.end.timestamp()) - 1) // 3600
 
 
 def past(
-    session: Session, table: DestinationTable, interval: Interval, *, export: str, team_id: int, run_id: str
-) -> Past:
-    """What the table has of the team's rows of the interval. To be asked under `lock`, in a statement of its own."""
+    session: Session,
+    table: DestinationTable,
+    intervals: Sequence[Interval],
+    *,
+    export: str,
+    team_id: int,
+    run_id: str,
+) -> list[Past]:
+    """What the table has of the team's rows of each interval. To be asked under `lock`, in a statement of its own."""
     schema = table.destination.schema
     sql = _PAST.format(ledger=quoted(schema, TABLE), journal=quoted(schema, journal.TABLE), table=table.qualified)
-    [row] = session.rows(
+    rows = session.rows(
         sql,
         *table.identity,
         team_id,
-        interval.start,
-        interval.end,
+        [interval.start.isoformat() for interval in intervals],
+        [interval.end.isoformat() for interval in intervals],
         _array(table.partition_filenodes),
         export,
         run_id,
         doing="reading the ledger",
     )
-    rows_before, has_rows, has_interval, is_journaled, keys, fingerprints, by_this_run = row
-    return Past(
-        rows_before=bool(has_rows) if rows_before is None else bool(rows_before),
-        has_interval=bool(has_interval),
-        is_journaled=bool(is_journaled),
-        keys=int(str(keys)),
-        fingerprints=frozenset(str(fingerprints or "").split()),
-        by_this_run=_counts(str(by_this_run)) if by_this_run else None,
-    )
+    return [
+        Past(
+            rows_before=bool(rows_before),
+            has_interval=bool(has_interval),
+            is_journaled=bool(is_journaled),
+            keys=int(str(keys)),
+            fingerprints=frozenset(str(fingerprints).split()),
+            by_this_run=Counts(**json.loads(str(by_this_run))) if by_this_run else None,
+        )
+        for rows_before, has_interval, is_journaled, keys, fingerprints, by_this_run in rows
+    ]
 
 
 def exists(session: Session, schema: str) -> bool:
@@ -244,56 +309,38 @@ def fingerprints(
 def record(
     session: Session,
     table: DestinationTable,
-    interval: Interval,
-    counts: Counts,
+    written: Mapping[Interval, Written],
     *,
     export: str,
     team_id: int,
-    fingerprint: Fingerprint | None,
-    keys: int,
     rows_before: bool,
     run_id: str,
     started_at: datetime,
 ) -> None:
-    """Write the interval's row. A later run of the same interval replaces it, but not that of another team or of a table
+    """Write the intervals' rows. A later run of an interval replaces its row, but not that of another team or of a table
     that has gone: it may come back by RENAME, with its rows.
     """
+    rows = [
+        {
+            "interval_start": interval.start.isoformat(),
+            "interval_end": interval.end.isoformat(),
+            "fingerprint": str(what.fingerprint) if what.fingerprint else None,
+            "keys": what.keys,
+            **vars(what.counts),
+        }
+        for interval, what in written.items()
+    ]
     session.execute(
         _RECORD.format(ledger=quoted(table.destination.schema, TABLE)),
         *table.identity,
-        team_id,
-        interval.start,
-        interval.end,
-        export,
         _array(table.partition_filenodes),
-        str(fingerprint) if fingerprint else None,
+        team_id,
+        export,
         rows_before,
-        counts.at_source,
-        counts.inserted,
-        counts.updated,
-        counts.unchanged,
-        counts.repaired,
-        counts.rejected,
-        counts.missing,
-        keys,
-        counts.bytes,
         run_id,
         started_at,
+        json.dumps(rows),
         doing="writing the ledger",
-    )
-
-
-def _counts(row: str) -> Counts:
-    values = json.loads(row)
-    return Counts(
-        at_source=values["rows_at_source"],
-        inserted=values["rows_inserted"],
-        updated=values["rows_updated"],
-        unchanged=values["rows_unchanged"],
-        repaired=values["rows_repaired"],
-        rejected=values["rows_rejected"],
-        missing=values["rows_missing"],
-        bytes=values["bytes"],
     )
 
 

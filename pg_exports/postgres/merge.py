@@ -26,8 +26,12 @@ class Merged:
     missing: int = 0
 
 
+INTERVAL_COLUMN = "pg_exports_interval"
+"""In a staging table with the rows of several intervals: in which of them a row counts, as in a frame's `INTERVAL`."""
+
+
 @contextlib.contextmanager
-def staging_table(session: Session, table: DestinationTable) -> Iterator[str]:
+def staging_table(session: Session, table: DestinationTable, *, of_several_intervals: bool = False) -> Iterator[str]:
     """A table with the destination's columns and types, for the rest of the block. Gives its name.
 
     Raises:
@@ -36,8 +40,10 @@ def staging_table(session: Session, table: DestinationTable) -> Iterator[str]:
     schema = table.destination.schema
     tables.check_may_create(session, schema, "a staging table")
     name = f"pg_exports_staging_{uuid.uuid4().hex[:12]}"
+    interval = f", NULL::bigint AS {INTERVAL_COLUMN}" if of_several_intervals else ""
     session.execute(
-        f"CREATE UNLOGGED TABLE {quoted(schema, name)} AS SELECT {table.column_list} FROM {table.qualified} WITH NO DATA",
+        f"CREATE UNLOGGED TABLE {quoted(schema, name)} AS "
+        f"SELECT {table.column_list}{interval} FROM {table.qualified} WITH NO DATA",
         doing="creating the staging table",
     )
     yield name
@@ -47,13 +53,38 @@ def staging_table(session: Session, table: DestinationTable) -> Iterator[str]:
 def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
     """Bring the staging table's rows into the destination: the missing ones, and those that replace an older one.
 
-    Then look each of them up: a trigger of the table's may have dropped it.
+    Where a trigger of the table's, a rule or a policy may have kept some of them out, each is looked up then.
     """
-    sql = _upsert(table, staging, table.model.merge) if table.model.merge else _insert_missing(table, staging)
-    patience = MERGE_TIMEOUT
-    [(inserted, updated)] = session.rows(sql, doing=f"merging into {table.qualified}", patience=patience)
-    [(missing,)] = session.rows(_count_missing(table, staging), doing="looking the rows up", patience=patience)
+    rule = table.model.merge
+    sql = _upsert(table, staging, rule) if rule else _insert_missing(table, staging)
+    [(inserted, updated)] = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
+    missing: object = 0
+    if table.may_drop_rows:
+        [(missing,)] = session.rows(
+            f"SELECT count(*) {_missing(table, staging)}", doing="looking the rows up", patience=MERGE_TIMEOUT
+        )
     return Merged(int(str(inserted)), int(str(updated)), int(str(missing)))
+
+
+def merge_intervals(session: Session, table: DestinationTable, staging: str, rule: Merge) -> dict[int, Merged]:
+    """The same with the rows of several intervals, of which one may stand in several, the same in each. It is brought in
+    for the first of them, as if that had been merged first. Gives what became of each interval's rows.
+    """
+    sql = _upsert_intervals(table, staging, rule)
+    merged = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
+    missing: dict[int, int] = {}
+    if table.may_drop_rows:
+        rows = session.rows(
+            f"SELECT {INTERVAL_COLUMN}, count(*) {_missing(table, staging)} GROUP BY 1",
+            doing="looking the rows up",
+            patience=MERGE_TIMEOUT,
+        )
+        missing = {int(str(interval)): int(str(count)) for interval, count in rows}
+    counts = {int(str(interval)): (int(str(new)), int(str(changed))) for interval, new, changed in merged}
+    return {
+        interval: Merged(*counts.get(interval, (0, 0)), missing.get(interval, 0))
+        for interval in counts.keys() | missing.keys()
+    }
 
 
 def _insert_missing(table: DestinationTable, staging: str) -> str:
@@ -72,13 +103,12 @@ def _insert_missing(table: DestinationTable, staging: str) -> str:
     """
 
 
-def _count_missing(table: DestinationTable, staging: str) -> str:
-    """How many of the staging table's rows are not in the destination, or there in an older version."""
+def _missing(table: DestinationTable, staging: str) -> str:
+    """The staging table's rows that are not in the destination, or there in an older version."""
     key = [quoted(name) for name in table.model.key if name in table.column_names]
     rule = table.model.merge
     not_older = f" AND {_version(table, rule, 'd')} >= {_version(table, rule, 's')}" if rule else ""
     return f"""
-        SELECT count(*)
         FROM {quoted(table.destination.schema, staging)} AS s
         WHERE NOT EXISTS (
             SELECT FROM {table.qualified} AS d WHERE {" AND ".join(f"d.{name} = s.{name}" for name in key)}{not_older}
@@ -87,26 +117,51 @@ def _count_missing(table: DestinationTable, staging: str) -> str:
 
 
 def _upsert(table: DestinationTable, staging: str, rule: Merge) -> str:
+    return f"""
+        WITH written AS (
+            {_insert(table, quoted(table.destination.schema, staging), rule)}
+            RETURNING {_is_new(table)} AS is_new
+        )
+        SELECT count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new) FROM written
+    """
+
+
+def _upsert_intervals(table: DestinationTable, staging: str, rule: Merge) -> str:
+    key = ", ".join(quoted(name) for name in table.model.key)
+    return f"""
+        WITH
+            first AS MATERIALIZED (
+                SELECT DISTINCT ON ({key}) *
+                FROM {quoted(table.destination.schema, staging)}
+                ORDER BY {key}, {INTERVAL_COLUMN}
+            ),
+            written AS (
+                {_insert(table, "first", rule)}
+                RETURNING {", ".join(f"d.{quoted(name)}" for name in table.model.key)}, {_is_new(table)} AS is_new
+            )
+        SELECT {INTERVAL_COLUMN}, count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new)
+        FROM written
+        JOIN first USING ({key})
+        GROUP BY 1
+    """
+
+
+def _insert(table: DestinationTable, rows: str, rule: Merge) -> str:
     """Unchanged rows are left out first, as ON CONFLICT would lock and write them; in the order of the key, so that two
     merges of the same rows wait for each other instead of deadlocking; the rule stands twice, as the destination's row
     may change between the two.
     """
     key = [quoted(name) for name in table.model.key]
     others = [quoted(name) for name in table.column_names if name not in table.model.key]
-    conflict = ", ".join(key)
     return f"""
-        WITH written AS (
-            INSERT INTO {table.qualified} AS d ({table.column_list})
-            SELECT {", ".join(f"s.{quoted(name)}" for name in table.column_names)}
-            FROM {quoted(table.destination.schema, staging)} AS s
-            LEFT JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
-            WHERE d.{key[0]} IS NULL OR {_replaces(table, rule, "s")}
-            ORDER BY {", ".join(f"s.{name}" for name in key)}
-            ON CONFLICT ({conflict}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in others)}
-            WHERE {_replaces(table, rule, "excluded")}
-            RETURNING {_is_new(table)} AS is_new
-        )
-        SELECT count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new) FROM written
+        INSERT INTO {table.qualified} AS d ({table.column_list})
+        SELECT {", ".join(f"s.{quoted(name)}" for name in table.column_names)}
+        FROM {rows} AS s
+        LEFT JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
+        WHERE d.{key[0]} IS NULL OR {_replaces(table, rule, "s")}
+        ORDER BY {", ".join(f"s.{name}" for name in key)}
+        ON CONFLICT ({", ".join(key)}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in others)}
+        WHERE {_replaces(table, rule, "excluded")}
     """
 
 

@@ -38,8 +38,9 @@ CREATE TABLE IF NOT EXISTS {rejected} (
 
 _RESOLVE = """
 UPDATE {rejected} SET resolved_at = clock_timestamp()
-WHERE destination = $1 AND export = $2 AND interval_start = $3::text::timestamptz
-    AND interval_end = $4::text::timestamptz AND resolved_at IS NULL
+WHERE destination = $1 AND export = $2 AND resolved_at IS NULL AND (interval_start, interval_end) IN (
+    SELECT * FROM unnest($3::text[]::timestamptz[], $4::text[]::timestamptz[])
+)
 """
 
 _KEEP = """
@@ -63,14 +64,14 @@ def ensure(session: Session, schema: str) -> None:
     tables.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
 
 
-def resolve(session: Session, table: DestinationTable, export: str, interval: Interval) -> None:
-    """Take the interval's rejected rows for resolved, before it is written again; `keep` reopens those that are not."""
+def resolve(session: Session, table: DestinationTable, export: str, intervals: Sequence[Interval]) -> None:
+    """Take the intervals' rejected rows for resolved, before they are written again; `keep` reopens those that are not."""
     session.execute(
         _RESOLVE.format(rejected=quoted(table.destination.schema, TABLE)),
         table.destination.table,
         export,
-        interval.start,
-        interval.end,
+        [interval.start.isoformat() for interval in intervals],
+        [interval.end.isoformat() for interval in intervals],
         doing="resolving rejected rows",
     )
 

@@ -125,8 +125,8 @@ class Session:
         finally:
             self._transaction, self._is_in_transaction = None, False
 
-    def copy(self, schema: str, table: str, batches: pa.Table) -> int:
-        """COPY rows into a table that exists; the columns are the Arrow table's, by name. Gives the number of rows sent.
+    def copy(self, schema: str, table: str, batches: pa.RecordBatchReader) -> int:
+        """COPY rows into a table that exists; the columns are the batches', by name. Gives the number of rows sent.
 
         Raises:
             dbapi.Error: Postgres refused; the caller knows which rows these are, and lets `explain` speak for the rest.

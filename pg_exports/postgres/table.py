@@ -16,6 +16,9 @@ OWN_PREFIX = "pg_exports_"
 NO_FILE = 0
 """Stands for the filenode of a partitioned table, which has none."""
 
+ON_INSERT, ON_UPDATE = 4, 16
+"""Bits of a trigger's events (`pg_trigger.tgtype`)."""
+
 CREATION_LOCK = "pg_exports: create tables"
 """What runs that want to create a table queue up behind: CREATE TABLE IF NOT EXISTS alone fails side by side."""
 
@@ -51,7 +54,7 @@ class DestinationTable:
         pairs: the columns that both sides have.
         oid, filenode: the identity that DROP and TRUNCATE change; a partitioned table has no filenode.
         partition_filenodes: those of its partitions.
-        has_triggers: triggers or rules of the user's own see rows that are inserted, and may drop or move them.
+        may_drop_rows: triggers or rules of the user's own see rows that are written, and may drop or move them.
     """
 
     destination: Destination
@@ -60,7 +63,7 @@ class DestinationTable:
     oid: int
     filenode: int | None
     partition_filenodes: tuple[int, ...] = ()
-    has_triggers: bool = False
+    may_drop_rows: bool = False
 
     @property
     def qualified(self) -> str:
@@ -112,8 +115,9 @@ def inspect(session: Session, destination: Destination, model: Model) -> Destina
     pairs = _matched(destination, model, _columns(session, relation.oid))
     if model.merge:
         _check_key(session, destination, model, relation.oid)
+    may_drop_rows = bool(relation.triggers & (ON_INSERT | ON_UPDATE if model.merge else ON_INSERT))
     return DestinationTable(
-        destination, model, pairs, relation.oid, relation.filenode, relation.partition_filenodes, relation.has_triggers
+        destination, model, pairs, relation.oid, relation.filenode, relation.partition_filenodes, may_drop_rows
     )
 
 
@@ -268,7 +272,7 @@ class _Relation:
     kind: str
     filenode: int | None
     partition_filenodes: tuple[int, ...]
-    has_triggers: bool
+    triggers: int
 
 
 def _relation(session: Session, destination: Destination) -> _Relation | None:
@@ -292,11 +296,11 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
             r.relkind::text,
             pg_relation_filenode(r.oid)::bigint,
             (SELECT string_agg(pg_relation_filenode(oid)::text, ' ') FROM leaves),
-            r.relhasrules OR EXISTS (
-                SELECT FROM pg_trigger
+            CASE WHEN r.relhasrules THEN -1 ELSE (
+                SELECT bit_or(tgtype) FROM pg_trigger
                 WHERE tgrelid IN (SELECT r.oid UNION ALL SELECT oid FROM leaves)
-                    AND NOT tgisinternal AND tgenabled <> 'D' AND (tgtype & 4) <> 0
-            )
+                    AND NOT tgisinternal AND tgenabled <> 'D'
+            ) END
         FROM relation AS r
         """,
         destination.schema,
@@ -305,13 +309,13 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
     )
     if not rows:
         return None
-    [(oid, kind, filenode, leaves, has_triggers)] = rows
+    [(oid, kind, filenode, leaves, triggers)] = rows
     return _Relation(
         int(str(oid)),
         str(kind),
         None if filenode is None else int(str(filenode)),
         tuple(sorted(map(int, str(leaves or "").split()))),
-        bool(has_triggers),
+        int(str(triggers or 0)),
     )
 
 

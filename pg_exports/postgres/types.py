@@ -27,20 +27,24 @@ class DestinationColumn:
     generated: bool
 
 
+# Text as Arrow's views, which Polars has: any other layout would be a copy of every byte.
+_VIEWS = pl.CompatLevel.newest()
+
+
 def _as_is(values: pl.Series) -> pa.Array:
-    return values.to_arrow()
+    return values.to_arrow(compat_level=_VIEWS)
 
 
 def _cast(dtype: pl.DataType) -> Callable[[pl.Series], pa.Array]:
-    return lambda values: values.cast(dtype).to_arrow()
+    return lambda values: _as_is(values.cast(dtype))
 
 
 def _json(values: pl.Series) -> pa.Array:
-    return pa.ExtensionArray.from_storage(pa.json_(pa.large_string()), values.to_arrow().cast(pa.large_string()))
+    return pa.ExtensionArray.from_storage(pa.json_(pa.string_view()), _as_is(values))
 
 
 def _numeric(values: pl.Series) -> pa.Array:
-    return values.to_arrow().cast(pa.decimal128(20, 0))
+    return _as_is(values).cast(pa.decimal128(20, 0))
 
 
 def _uuid(values: pl.Series) -> pa.Array:
@@ -48,7 +52,7 @@ def _uuid(values: pl.Series) -> pa.Array:
 
 
 def _in_utc(values: pl.Series) -> pa.Array:
-    return values.dt.replace_time_zone(None).to_arrow()
+    return _as_is(values.dt.replace_time_zone(None))
 
 
 TEXT_TYPES = ("text", "varchar", "bpchar", "citext")

@@ -1,144 +1,279 @@
-"""Writes one interval: its rows, their keys, and its row in the ledger, in one transaction.
+"""Writes intervals: their rows, the keys of these, and their rows in the ledger, in one transaction.
 
-Which way the rows take is decided by what the ledger says of the table. An interval that none overlaps goes straight in;
-of one that runs have written before, what the key journals lack; and where they do not tell, through a staging table, what
-the table itself lacks.
+Which way an interval's rows take is decided by what the ledger says of the table. Of an interval that none overlaps they go
+straight in; of one that runs have written before, what the key journals lack; and where they do not tell, through a staging
+table, what the table itself lacks. Several intervals share a transaction where all of them go straight in, are merged, or
+are unchanged; any other has one to itself.
 """
 
-import functools
+import contextlib
+import enum
+import itertools
 import logging
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import polars as pl
 
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Counts, Interval, IntervalFrames
-from pg_exports.models import IDENTITY
+from pg_exports.models import IDENTITY, INTERVAL
 from pg_exports.postgres import ingest, journal, ledger, merge, rejected
 from pg_exports.postgres import table as tables
+from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.journal import Journal, Sieve
-from pg_exports.postgres.ledger import Past
+from pg_exports.postgres.ledger import Past, Written
 from pg_exports.postgres.merge import Merged
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination, DestinationTable
 
 
 @dataclass(frozen=True)
-class Written:
-    """An interval's counts, and what the ledger keeps beside them."""
+class Outcome:
+    """What a transaction wrote: the counts of each of its intervals, and the seconds that it waited for the source."""
 
-    counts: Counts
-    fingerprint: Fingerprint | None
-    keys: int
+    counts: Mapping[Interval, Counts]
+    seconds_source: float = 0
 
 
 def write(
     session: Session,
     destination: Destination,
     export: IntervalFrames,
-    interval: Interval,
+    intervals: Sequence[Interval],
     run_id: str,
     log: logging.Logger,
-) -> Counts:
-    """Bring the table to where one run of the interval would have left it, and say so in the ledger.
+) -> Outcome:
+    """Bring the table to where one run of the first interval would have left it, and say so in the ledger; and likewise for
+    the intervals that follow it, up to the first one that another run holds or that must be written in another way.
 
     Raises:
-        DestinationError, SourceError, PassingError: nothing of the interval was written. Where the answer to COMMIT was
-            lost everything may have been: the next try of the same run finds out, and gives the counts that it had.
+        DestinationError, SourceError, PassingError: nothing was written. Where the answer to COMMIT was lost everything may
+            have been: the next try of the same run finds out, and gives the counts that it had.
     """
     started_at = datetime.now(UTC)
+    clock = _Clock()
     with session.transaction():
-        ledger.lock(session, destination, interval, whole_table=export.deduplicate == "table")
+        free = ledger.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
         tables.lock(session, destination)
         table = tables.inspect(session, destination, export.model)
-        past = ledger.past(session, table, interval, export=export.export, team_id=export.team_id, run_id=run_id)
-        if past.by_this_run:
-            return past.by_this_run
-        rejected.resolve(session, table, export.export, interval)
-        written = _unchanged(export, interval, past) or _load(session, table, export, interval, past, run_id, log)
+        known = ledger.past(session, table, free, export=export.export, team_id=export.team_id, run_id=run_id)
+        pasts = dict(zip(free, known, strict=True))
+        way = _way(export, table, known[0])
+        alike = list(itertools.takewhile(lambda interval: _way(export, table, pasts[interval]) is way, free))
+        if way is _Way.WRITTEN:
+            return Outcome({interval: counts for interval in alike if (counts := pasts[interval].by_this_run)})
+        written = _unchanged(export, alike, pasts, clock) if way is _Way.RECORDED else {}
+        if written:
+            rejected.resolve(session, table, export.export, list(written))
+        else:
+            together = alike if way in (_Way.STRAIGHT, _Way.MERGED) else alike[:1]
+            rejected.resolve(session, table, export.export, together)
+            written = _load(session, table, export, together, pasts, run_id, log, clock)
         ledger.record(
             session,
             table,
-            interval,
-            written.counts,
+            written,
             export=export.export,
             team_id=export.team_id,
-            fingerprint=written.fingerprint,
-            keys=written.keys,
-            rows_before=past.rows_before,
+            rows_before=known[0].rows_before,
             run_id=run_id,
             started_at=started_at,
         )
-    return written.counts
+    return Outcome({interval: what.counts for interval, what in written.items()}, clock.seconds)
 
 
-def _unchanged(export: IntervalFrames, interval: Interval, past: Past) -> Written | None:
-    """The interval as it was written before, if all of its rows landed then and the source has the same ones now."""
-    if not (past.fingerprints and export.fingerprint) or export.replay:
-        return None
-    fingerprint = export.fingerprint(interval)
-    if str(fingerprint) not in past.fingerprints:
-        return None
-    rows = fingerprint.rows
-    counts = Counts(rows, inserted=0, updated=0, unchanged=rows, repaired=0, rejected=0, missing=0, bytes=0)
-    return Written(counts, fingerprint, past.keys if past.is_journaled else ledger.UNKNOWN)
+class _Way(enum.Enum):
+    """How an interval is written."""
+
+    WRITTEN = "by this run itself, in an earlier try"
+    RECORDED = "all of its rows landed once, and may still be all"
+    STRAIGHT = "by COPY into the table"
+    MERGED = "by COPY into a staging table, and the model's merge"
+    LACKING = "what the journals lack, or the table"
+
+
+def _way(export: IntervalFrames, table: DestinationTable, past: Past) -> _Way:
+    if past.by_this_run:
+        return _Way.WRITTEN
+    if export.model.merge:
+        return _Way.MERGED
+    if past.fingerprints and export.fingerprints and not export.replay:
+        return _Way.RECORDED
+    return _Way.LACKING if past.has_interval or not _may_go_straight_in(export, table, past) else _Way.STRAIGHT
+
+
+def _may_go_straight_in(export: IntervalFrames, table: DestinationTable, past: Past) -> bool:
+    """Whether rows that no earlier run has brought are not in the table, and stay when COPY has taken them."""
+    return not (export.model.merge or past.rows_before or export.deduplicate == "table" or table.may_drop_rows)
+
+
+def _unchanged(
+    export: IntervalFrames, intervals: Sequence[Interval], pasts: Mapping[Interval, Past], clock: "_Clock"
+) -> dict[Interval, Written]:
+    """The intervals as they were written before, up to the first one of which the source has not the same rows now."""
+    assert export.fingerprints
+    with clock.running():
+        fingerprints = export.fingerprints(intervals)
+    unchanged: dict[Interval, Written] = {}
+    for interval, fingerprint in zip(intervals, fingerprints, strict=True):
+        past = pasts[interval]
+        if str(fingerprint) not in past.fingerprints:
+            break
+        rows = fingerprint.rows
+        counts = Counts(rows, inserted=0, updated=0, unchanged=rows, repaired=0, rejected=0, missing=0, bytes=0)
+        unchanged[interval] = Written(counts, fingerprint, past.keys if past.is_journaled else ledger.UNKNOWN)
+    return unchanged
 
 
 def _load(
     session: Session,
     table: DestinationTable,
     export: IntervalFrames,
-    interval: Interval,
-    past: Past,
+    intervals: Sequence[Interval],
+    pasts: Mapping[Interval, Past],
     run_id: str,
     log: logging.Logger,
-) -> Written:
-    is_known = past.has_interval and past.is_journaled and not export.replay and bool(export.fingerprint)
-    there = journal.read(session, table, export.team_id, interval) if is_known else pl.Series(IDENTITY, [], pl.UInt64)
-    sieve = Sieve(there)
-    record = Journal(session, table, export.team_id, interval, export.export, run_id)
-    copy = functools.partial(
-        ingest.copy_frames,
-        session,
-        table,
-        on_bad_rows=export.on_bad_rows,
-        set_aside=functools.partial(rejected.keep, session, table, export.export, interval, run_id),
-        landed=record.add,
-    )
-    goes_straight_in = not (
-        export.model.merge
-        or past.rows_before
-        or (past.has_interval and not is_known)
-        or export.deduplicate == "table"
-        or table.has_triggers
-    )
-    with export.read(interval) as frames:
-        if goes_straight_in:
-            copied = copy(table.destination.table, sieve.sift(frames))
-            merged = Merged(inserted=copied.rows, updated=0)
-        else:
-            with merge.staging_table(session, table) as staging:
-                copied = copy(staging, sieve.sift(frames))
-                if copied.rows and not export.model.merge:
+    clock: "_Clock",
+) -> dict[Interval, Written]:
+    """The intervals' rows from the source into the table."""
+    past = pasts[intervals[0]]
+    is_known = past.has_interval and past.is_journaled and not export.replay and bool(export.fingerprints)
+    there = journal.read(session, table, export.team_id, intervals[0]) if is_known else None
+    sieve = None if there is None or there.is_empty() else Sieve(there)
+    record = Journal(session, table, export.team_id, export.export, run_id)
+    tallies = {interval.position: _Tally(interval) for interval in intervals}
+
+    def landed(rows: pl.DataFrame, repaired: pl.Series) -> None:
+        for start, some in _by_interval(rows.with_columns(repaired.alias(_REPAIRED))):
+            tallies[start].add(some, table)
+            if IDENTITY in some.columns:
+                record.add(tallies[start].interval, some[IDENTITY])
+
+    def set_aside(rows: list[BadRow]) -> None:
+        for start, some in itertools.groupby(sorted(rows, key=_interval_of), key=_interval_of):
+            bad = list(some)
+            tallies[start].rejected += len(bad)
+            rejected.keep(session, table, export.export, tallies[start].interval, run_id, bad)
+
+    def copy(into: str, interval_column: str | None = None) -> None:
+        with contextlib.ExitStack() as opened:
+            with clock.running():
+                frames = opened.enter_context(export.read(intervals, table.column_names))
+            counted = _counted(frames, tallies)
+            new = sieve.sift(counted) if sieve else counted
+            clock.seconds += ingest.copy_frames(
+                session, table, into, new, export.on_bad_rows, set_aside, landed, interval_column
+            )
+
+    if _may_go_straight_in(export, table, past) and (is_known or not past.has_interval):
+        copy(table.destination.table)
+        for tally in tallies.values():
+            tally.merged = Merged(tally.copied, 0)
+    elif export.model.merge and len(intervals) > 1:
+        with merge.staging_table(session, table, of_several_intervals=True) as staging:
+            copy(staging, merge.INTERVAL_COLUMN)
+            for start, merged in merge.merge_intervals(session, table, staging, export.model.merge).items():
+                tallies[start].merged = merged
+    else:
+        [tally] = tallies.values()
+        with merge.staging_table(session, table) as staging:
+            copy(staging)
+            if tally.copied:
+                if not export.model.merge:
                     _advise_index(session, table, log)
-                merged = merge.merge(session, table, staging) if copied.rows else Merged(0, 0)
+                tally.merged = merge.merge(session, table, staging)
+    if sieve:
+        tallies[intervals[0].position].known = sieve.known
     record.flush()
-    # Counted where they are read and where they are written, so that the two can be compared.
-    missing = merged.missing + sieve.rows - sieve.known - copied.rows - copied.rejected
-    counts = Counts(
-        at_source=sieve.rows,
-        inserted=merged.inserted,
-        updated=merged.updated,
-        unchanged=sieve.known + copied.rows - merged.inserted - merged.updated - merged.missing,
-        repaired=copied.repaired,
-        rejected=copied.rejected,
-        missing=missing,
-        bytes=copied.bytes,
-    )
-    # Rows that did not stay must be sent again: then the journals do not count, and the table is asked.
-    keys = ledger.UNKNOWN if missing else past.keys + record.written
-    return Written(counts, sieve.fingerprint if export.fingerprint else None, keys)
+    return {tally.interval: tally.written(export, pasts[tally.interval]) for tally in tallies.values()}
+
+
+_REPAIRED = "repaired"
+
+
+@dataclass
+class _Tally:
+    """What becomes of an interval's rows; they are counted where they are read and where they are written, so that the two
+    can be compared.
+    """
+
+    interval: Interval
+    at_source: int = 0
+    known: int = 0
+    copied: int = 0
+    repaired: int = 0
+    rejected: int = 0
+    bytes: int = 0
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+    merged: Merged = field(default_factory=lambda: Merged(0, 0))
+
+    def add(self, rows: pl.DataFrame, table: DestinationTable) -> None:
+        """Rows that COPY took."""
+        self.copied += rows.height
+        self.repaired += int(rows[_REPAIRED].sum())
+        self.bytes += int(rows.select(table.column_names).estimated_size())
+
+    def written(self, export: IntervalFrames, past: Past) -> Written:
+        """The interval, once all of its rows are where they go."""
+        missing = self.merged.missing + self.at_source - self.known - self.copied - self.rejected
+        counts = Counts(
+            at_source=self.at_source,
+            inserted=self.merged.inserted,
+            updated=self.merged.updated,
+            unchanged=self.known + self.copied - self.merged.inserted - self.merged.updated - self.merged.missing,
+            repaired=self.repaired,
+            rejected=self.rejected,
+            missing=missing,
+            bytes=self.bytes,
+        )
+        if not export.fingerprints:
+            return Written(counts, None, 0)
+        # Rows that did not stay must be sent again: then the journals do not count, and the table is asked.
+        return Written(counts, self.fingerprint, ledger.UNKNOWN if missing else past.keys + self.copied)
+
+
+def _counted(frames: Iterable[pl.DataFrame], tallies: Mapping[int, _Tally]) -> Iterator[pl.DataFrame]:
+    """The frames, with their rows and the rows' identities noted on the way."""
+    for frame in frames:
+        beside = [name for name in (INTERVAL, IDENTITY) if name in frame.columns]
+        for start, rows in _by_interval(frame.select(beside)):
+            tallies[start].at_source += rows.height
+            if IDENTITY in beside:
+                tallies[start].fingerprint += Fingerprint.of(rows[IDENTITY])
+        yield frame
+
+
+def _by_interval(frame: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
+    """The rows of each interval, by `INTERVAL`."""
+    starts = frame[INTERVAL]
+    first, last = starts.min(), starts.max()
+    if first == last:
+        yield from [(int(str(first)), frame)] if frame.height else []
+    else:
+        for (start,), rows in frame.partition_by(INTERVAL, as_dict=True).items():
+            yield int(start), rows
+
+
+def _interval_of(row: BadRow) -> int:
+    assert row.interval is not None
+    return row.interval
+
+
+class _Clock:
+    """Seconds that were spent waiting for the source."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the block's seconds."""
+        began = time.monotonic()
+        yield
+        self.seconds += time.monotonic() - began
 
 
 def _advise_index(session: Session, table: DestinationTable, log: logging.Logger) -> None:

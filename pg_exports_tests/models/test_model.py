@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from pg_exports.models import IDENTITY, MODELS, Model, Query, Selection
+from pg_exports.models import IDENTITY, INTERVAL, MODELS, Model, Query, Selection
 from pg_exports.sandbox import source_tables
 from pg_exports_tests.conftest import SAMPLE_HOURS, TEAM, Source
 from pg_exports_tests.source_rows import HOUR
@@ -67,7 +67,11 @@ def test_an_events_query_can_be_pasted_into_a_console(hour: datetime) -> None:
 
 def test_every_query_can_be_pasted_into_a_console(hour: datetime) -> None:
     queries = [model.query_without_dictionary or model.query for model in MODELS.values()]
-    pasted = [query(Selection(TEAM, hour, hour + HOUR)).for_console() for query in queries]
+    selection = Selection(TEAM, hour, hour + 2 * HOUR, starts=(hour, hour + HOUR))
+    pasted = [query(selection).for_console() for query in queries]
+    pasted += [query(selection).without(["team_id", "distinct_id"]).for_console() for query in queries]
+    bounds = ", ".join(str(int(start.timestamp()) * 1_000_000) for start in selection.starts)
+    assert all(f"SET param_boundaries = '[{bounds}]';\n" in query for query in pasted)
     assert in_a_console(*creating("events", "person", "person_distinct_id2", "raw_sessions"), *pasted) == []
 
 
@@ -77,6 +81,7 @@ def test_bounds_are_bound_in_utc_to_the_microsecond_whatever_their_zone() -> Non
         "team_id": TEAM,
         "interval_start": "2026-03-28 20:45:00.000001",
         "interval_end": "2026-03-29 00:00:00.000000",
+        "boundaries": [1_774_730_700_000_001],
     }
 
 
@@ -99,7 +104,7 @@ def test_a_query_gives_the_models_columns_of_the_team_alone(model: Model, sample
             rows = 0
             for frame in frames:
                 identity = [IDENTITY] if model.fingerprints else []
-                assert frame.columns == [*(column.name for column in model.columns), *identity]
+                assert frame.columns == [*(column.name for column in model.columns), *identity, INTERVAL]
                 assert set(frame["team_id"]) == {team_id}
                 assert frame.select(model.key).is_unique().all()
                 rows += frame.height

@@ -1,0 +1,145 @@
+"""One run of an export in this process, as the bench times it: `python -m pg_exports_tests.bench.product --help`.
+
+Connections, executor and instance are a deployment's own, from the sandbox's environment; imports and the instance's
+first contact with its storage are not counted. Other modules start it by
+`run_day`, or by `arguments` and `processes.run`, and read what it prints by `Result.of`.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import dagster as dg
+
+from pg_exports import PostgresExport
+from pg_exports.sandbox import Sandbox
+from pg_exports_tests.bench import processes
+from pg_exports_tests.bench.dataset import TEAM
+
+MODULE = "pg_exports_tests.bench.product"
+
+SETTINGS = Path(__file__).parents[2] / "dagster.yaml"
+"""The instance's settings, those of the repository."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run gave.
+
+    Attributes:
+        seconds: of the run, without imports.
+        peak_bytes: the most memory that the process held, imports included.
+        metadata: the figures of each partition's materialisation.
+    """
+
+    seconds: float
+    peak_bytes: int
+    metadata: Mapping[str, Mapping[str, float]]
+
+    @classmethod
+    def of(cls, output: str) -> "Result":
+        """What the command printed."""
+        return cls(**json.loads(output.splitlines()[-1]))
+
+    def total(self, name: str) -> float:
+        """A figure of the metadata, over all partitions.
+
+        Raises:
+            KeyError: there is no such figure.
+        """
+        return sum(figures[name] for figures in self.metadata.values())
+
+
+def arguments(
+    model: str, database: str, schema: str, *, interval: str, start: str, first: str, last: str | None = None
+) -> list[str]:
+    """The command for one run, of the partition `first` or of the range up to `last`."""
+    words = [sys.executable, "-m", MODULE, model, database, schema]
+    return [*words, "--interval", interval, "--start", start, "--first", first, *(["--last", last] if last else [])]
+
+
+def run_day(sandbox: Sandbox, model: str, database: str, schema: str, start: datetime) -> "Result":
+    """Run an export of one day in a process of its own.
+
+    Raises:
+        BenchError: the run failed.
+    """
+    date = f"{start:%Y-%m-%d}"
+    command = arguments(model, database, schema, interval="day", start=date, first=date)
+    return Result.of(processes.run(command, sandbox).output)
+
+
+def main() -> int:
+    """Run an export and print what it took."""
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
+    parser.add_argument("model", choices=("events", "persons", "sessions"))
+    parser.add_argument("database", help="of ClickHouse, with PostHog's tables")
+    parser.add_argument("schema", help="of Postgres")
+    parser.add_argument("--interval", default="day")
+    parser.add_argument("--start", required=True, help="beginning of the first interval")
+    parser.add_argument("--first", required=True, help="key of the first partition")
+    parser.add_argument("--last", help="key of the last partition, for a range")
+    asked = parser.parse_args()
+    os.environ["CLICKHOUSE_DATABASE"] = asked.database
+    export = PostgresExport.model_validate(
+        {
+            "model": asked.model,
+            "team_id": TEAM,
+            "interval": asked.interval,
+            "start": asked.start,
+            "schema": asked.schema,
+        }
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copy(SETTINGS, folder)
+        os.environ["DAGSTER_HOME"] = folder
+        with dg.DagsterInstance.get() as instance:
+            # Makes the storage's tables where they are missing, and connects to it.
+            instance.get_runs(limit=1)
+            instance.get_event_records(dg.EventRecordsFilter(dg.DagsterEventType.RUN_START), limit=1)
+            result = _run(export, instance, asked.first, asked.last)
+    sys.stdout.write(json.dumps(vars(result)) + "\n")
+    return 0
+
+
+def _run(export: PostgresExport, instance: dg.DagsterInstance, first: str, last: str | None) -> Result:
+    # Reads the environment as it is imported.
+    from pg_exports.defs.resources import connections
+
+    definitions = dg.Definitions.merge(export.build_defs(None), connections())
+    job = definitions.resolve_job_def(f"{export.key}_job")
+    tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if last else {}
+    began = time.monotonic()
+    result = job.execute_in_process(instance=instance, partition_key=None if last else first, tags=tags)
+    seconds = time.monotonic() - began
+    materialised = [
+        event.step_materialization_data.materialization for event in result.get_asset_materialization_events()
+    ]
+    metadata = {str(one.partition): _figures(one) for one in materialised}
+    return Result(round(seconds, 3), _peak_bytes(), metadata)
+
+
+def _figures(materialised: dg.AssetMaterialization) -> dict[str, float]:
+    numbers = (dg.IntMetadataValue, dg.FloatMetadataValue)
+    entries = materialised.metadata.items()
+    return {name: entry.value for name, entry in entries if isinstance(entry, numbers) and entry.value is not None}
+
+
+def _peak_bytes() -> int:
+    """Of this process alone: `ru_maxrss` would begin with what the process held that started this one."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("Linux's /proc/self/status has no VmHWM.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The bench's own figures at a tiny size: every part runs, compares what landed with the source, and reports.
+
+How fast anything is, is `make bench`'s business. The other way to launch a range (`persons`, `sessions`, a year of tiny
+intervals) differs by a name and a number from the one that is launched here, and is left to it: `dg launch` takes long.
+"""
+
+from pg_exports.sandbox import Sandbox
+from pg_exports_tests.bench import memory, merges, ranges, report, small_runs
+from pg_exports_tests.bench.report import Section
+
+
+def check_report(section: Section, rows: int) -> None:
+    assert len(section.rows) == rows
+    assert all(len(row) == len(section.header) for row in section.rows)
+    assert section.title in report.markdown(section)
+
+
+def check_nothing_is_left(sandbox: Sandbox) -> None:
+    with sandbox.clickhouse_client() as client:
+        assert client.query("SELECT name FROM system.databases WHERE name LIKE 'bench\\_%'").result_rows == []
+    assert sandbox.postgres.rows("SELECT nspname FROM pg_namespace WHERE nspname LIKE 'bench\\_%'", "exports") == []
+
+
+def test_memory_is_measured_of_a_small_a_great_and_a_huge_interval(sandbox: Sandbox) -> None:
+    section = memory.measure(sandbox, rounds=1, small=500, great=1_000, huge_mb=1)
+    check_report(section, rows=3)
+    assert [float(row[2]) > 50 for row in section.rows] == [True, True, True]
+    check_nothing_is_left(sandbox)
+
+
+def test_a_range_is_launched_and_its_rows_are_counted(sandbox: Sandbox) -> None:
+    section = ranges.measure(sandbox, rounds=1, hours=3, tiny_hours=0, merged=())
+    check_report(section, rows=1)
+    assert section.rows[0][:2] == ("events", "3")
+    check_nothing_is_left(sandbox)
+
+
+def test_a_small_run_is_measured_beside_one_that_does_nothing(sandbox: Sandbox) -> None:
+    section = small_runs.measure(sandbox, rounds=1, events=100, least_rounds=1)
+    check_report(section, rows=3)
+    check_nothing_is_left(sandbox)
+
+
+def test_a_merge_is_measured_beside_sql_by_hand_and_their_results_are_equal(sandbox: Sandbox) -> None:
+    section = merges.measure(sandbox, rounds=1, persons=500, session_events=0, states=("half updated",))
+    check_report(section, rows=1)
+    check_nothing_is_left(sandbox)
