@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
+import pg_exports
 from pg_exports.models import MODELS, Selection
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox
@@ -44,16 +45,8 @@ code_location_target_module = "{PROJECT}.definitions"
 suppress_warnings = ["project_and_activated_venv_mismatch"]
 """
 
-EXPORT_DEFINITIONS = """
-from pathlib import Path
-
-import dagster as dg
-
-
-@dg.definitions
-def defs() -> dg.Definitions:
-    return dg.load_from_defs_folder(path_within_project=Path(__file__).parent)
-"""
+EXPORT_DEFINITIONS = (Path(pg_exports.__file__).parent / "definitions.py").read_text()
+"""As the deployment in the repository loads its definitions, from the folder beside them."""
 
 CONNECTIONS = """
 from pg_exports.defs.resources import connections
