@@ -12,7 +12,6 @@ from pg_exports import ClickHouseResource, PostgresIOManager, PostgresResource
 from pg_exports.errors import SettingsError
 from pg_exports.postgres.tls import VerifyServerIdentity
 
-
 # A range is one event a partition for Dagster's storage: 2,180 took a minute one by one, and take a second by 500.
 os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "500")
 

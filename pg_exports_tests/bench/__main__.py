@@ -24,7 +24,7 @@ FOLDER = ROOT / ".bench"
 README = ROOT / "README.md"
 
 PEERS = "peers"
-MODULES = {"memory": "memory", "ranges": "ranges", "small": "small_runs", "merges": "merges"}
+MODULES = {"memory": "memory", "merges": "merges", "small": "small_runs", "ranges": "ranges"}
 """The parts beside the peers, and which module measures each."""
 
 PARTS = (PEERS, *MODULES)
@@ -53,8 +53,8 @@ def main() -> int:
                 section = Section(part, (), [], [f"failed: {error}"], holds=False)
             sections.append(section)
             _say(f"\n{report.markdown(section)}\n")
-    if asked.write:
-        _write(measured, sections, bars)
+            if asked.write:
+                _write(measured, sections, bars)
     broken = [section.title for section in sections if not section.holds]
     if broken:
         _say(f"Does not hold: {'; '.join(broken)}.")
