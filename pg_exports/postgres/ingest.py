@@ -21,7 +21,12 @@ from pg_exports.postgres.table import DestinationTable
 from pg_exports.read_ahead import read_ahead
 
 COPY_BYTES = 16 * 1024 * 1024
-"""Size of one COPY. Postgres's refusal of a row surfaces when its COPY ends: a bounded one fails early."""
+"""Size of one COPY. Postgres's refusal of a row surfaces when its COPY ends: a bounded one fails early. Between two Postgres
+has nothing to do for some 10 ms.
+"""
+
+FIRST_COPY_BYTES = 2 * 1024 * 1024
+"""Size of the first one, so that Postgres need not wait for much; each is twice the one before, up to `COPY_BYTES`."""
 
 BATCH_BYTES = 1024 * 1024
 """Size of one record batch, which the driver encodes as a whole before it sends it: Postgres must not run out of work
@@ -132,17 +137,17 @@ def _copy_piece(
 
 
 def pieces(frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
-    """The same rows in frames of about `COPY_BYTES`: small ones together, a great one cut up."""
+    """The same rows in frames of about `COPY_BYTES`, but for the first ones: small ones together, a great one cut up."""
     waiting: list[pl.DataFrame] = []
-    size = 0
+    size, enough = 0, FIRST_COPY_BYTES
     for frame in frames:
         if frame.is_empty():
             continue
         waiting.append(frame)
         size += int(frame.estimated_size())
-        if size >= COPY_BYTES:
+        if size >= enough:
             yield from _cut(_together(waiting), size)
-            waiting, size = [], 0
+            waiting, size, enough = [], 0, min(2 * enough, COPY_BYTES)
     if waiting:
         yield _together(waiting)
 

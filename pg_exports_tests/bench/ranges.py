@@ -101,7 +101,7 @@ def measure(
         header=("model", "intervals", "rows", "seconds", "ms an interval", "less than"),
         rows=rows,
         remarks=[
-            f"The whole process of `dg launch --partition-range`, imports included; the first one's is the median of {rounds}.",
+            f"The whole process of `dg launch --partition-range`, imports included; the first is the median of {rounds}.",
             "Each run is a first load into an empty schema, and the table's rows were compared with the source's.",
         ],
         holds=holds,
