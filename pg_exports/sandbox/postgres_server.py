@@ -255,6 +255,8 @@ def _configure(
         "full_page_writes": "off",
         "max_wal_size": "'4GB'",
         "log_statement": "'all'",
+        # Bytes: a key journal's would be a megabyte of log each.
+        "log_parameter_max_length": "1024",
         "log_line_prefix": "'%m [%p] %q%u@%d '",
         "timezone": "'UTC'",
     }
