@@ -160,10 +160,7 @@ def _together(todo: Sequence[Interval], count: int, alone: Collection[Interval])
     if todo[0] in alone:
         return todo[:1]
     last = todo[0].start + SPAN
-    return (
-        list(itertools.takewhile(lambda interval: interval.end <= last and interval not in alone, todo[:count]))
-        or todo[:1]
-    )
+    return list(itertools.takewhile(lambda interval: interval.end <= last and interval not in alone, todo[:count]))
 
 
 def _next_together(written: Mapping[Interval, Counts]) -> int:

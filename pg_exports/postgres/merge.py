@@ -53,7 +53,7 @@ def staging_table(session: Session, table: DestinationTable, *, of_several_inter
 def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
     """Bring the staging table's rows into the destination: the missing ones, and those that replace an older one.
 
-    Where a trigger of the table's, a rule or a policy may have kept some of them out, each is looked up then.
+    Where a trigger or a rule of the table's may have kept some of them out, each is looked up then.
     """
     rule = table.model.merge
     sql = _upsert(table, staging, rule) if rule else _insert_missing(table, staging)

@@ -2,10 +2,17 @@
 
 import json
 import random
+import re
+from collections.abc import Iterable
 
 import pytest
 
-from pg_exports.models.json_text import members, unescaped
+from pg_exports.models.json_text import members, reader, unescaped
+
+
+def plain(keys: Iterable[str]) -> list[str]:
+    """Those of the keys that a reader can be made for."""
+    return [key for key in keys if not re.search(r'[\\"\x00-\x1f]', key)]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +37,8 @@ from pg_exports.models.json_text import members, unescaped
 )
 def test_each_members_value_is_given_as_it_is_written(document: str, expected: dict[str, str]) -> None:
     assert members(document) == expected
+    keys = plain(expected)
+    assert reader(keys)(document) == [expected[key] for key in keys]
 
 
 @pytest.mark.parametrize(
@@ -37,6 +46,7 @@ def test_each_members_value_is_given_as_it_is_written(document: str, expected: d
 )
 def test_what_is_no_object_has_no_members(document: str) -> None:
     assert members(document) == {}
+    assert reader(["a"])(document) == [None]
 
 
 @pytest.mark.parametrize(
@@ -54,6 +64,7 @@ def test_what_is_no_object_has_no_members(document: str) -> None:
 )
 def test_members_before_the_place_where_the_text_breaks_off_are_given(document: str) -> None:
     assert members(document) == {"a": "1"}
+    assert reader(["a", "b"])(document) == ["1", None]
 
 
 def test_depth_and_length_are_no_limit() -> None:
@@ -86,6 +97,8 @@ def test_random_documents_are_cut_where_a_json_parser_cuts_them() -> None:
         text = json.dumps(document, separators=separators, ensure_ascii=dice.random() < 0.5)
         cut = members(text)
         assert list(cut) == list(document)
+        keys = plain(cut)
+        assert reader([*keys, "no member"])(text) == [*(cut[key] for key in keys), None]
         assert all(json.dumps(json.loads(raw)) == json.dumps(document[key]) for key, raw in cut.items())
         assert all(raw == raw.strip() and raw in text for raw in cut.values())
 

@@ -24,6 +24,8 @@ from pg_exports.postgres.types import DestinationColumn
         (r'{"a":"\ude00\ud83d"}', r'{"a":"\ufffd\ufffd"}'),
         (r'{"a":"\uD83D\uD83D\uDE00"}', r'{"a":"\ufffd\uD83D\uDE00"}'),
         (r'{"a":"\ud83d\\ude00"}', r'{"a":"\ufffd\\ude00"}'),
+        (r'{"a":"\\ud83d\ude00"}', r'{"a":"\\ud83d\ufffd"}'),
+        (r'{"a":"\ud83d\ude00","b":"\ude00"}', r'{"a":"\ud83d\ude00","b":"\ufffd"}'),
         (r'{"a":"\ud55c\uae00"}', r'{"a":"\ud55c\uae00"}'),
         ('{"a":"\0"}', '{"a":"\ufffd"}'),
         (r'{"n":1.50,"a":"\n\"\/\u00e9"}', r'{"n":1.50,"a":"\n\"\/\u00e9"}'),
@@ -31,6 +33,9 @@ from pg_exports.postgres.types import DestinationColumn
 )
 def test_only_nuls_and_lone_surrogates_are_repaired(written: str, repaired: str) -> None:
     assert repaired_json(written) == repaired
+    done = sorted_rows("repair", properties=[written])
+    assert done.good["properties"].to_list() == [repaired]
+    assert done.repaired.to_list() == [written != repaired]
 
 
 def sorted_rows(on_bad_rows: OnBadRows, **columns: list[object]) -> SortedRows:
