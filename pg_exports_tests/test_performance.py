@@ -192,7 +192,7 @@ def test_the_next_rows_are_read_while_postgres_takes_the_last(target: Target) ->
 
 
 @pytest.mark.parametrize("model", ["persons", "sessions"])
-def test_a_merge_into_a_table_without_triggers_is_one_statement(
+def test_a_merge_into_a_table_without_triggers_is_one_statement_and_its_memory(
     source: Source, target: Target, run: RunExport, hour: datetime, model: str
 ) -> None:
     """An interval alone, and three together."""
@@ -206,7 +206,8 @@ def test_a_merge_into_a_table_without_triggers_is_one_statement(
     dropped = [n for n, statement in enumerate(said) if statement.startswith("DROP TABLE")]
     assert len(copied) == len(dropped) == 2
     for begin, end in zip(copied, dropped, strict=True):
-        [merge] = said[begin + 1 : end]
+        [memory, merge] = said[begin + 1 : end]
+        assert "hash_mem_multiplier" in memory
         assert "INSERT INTO" in merge
         assert "ON CONFLICT" in merge
 

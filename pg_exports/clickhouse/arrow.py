@@ -19,6 +19,11 @@ END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 TAIL_BYTES = 64 * 1024
 """Bytes kept of what was read last: an exception in mid-stream is text behind the last whole block."""
 
+BATCH_BYTES = 1024 * 1024
+"""Bytes up to which batches are put together. Of a GROUP BY ClickHouse sends 256 small ones, and each costs 6 ms to look at:
+121,369 sessions took 2.5 s of CPU so, and take 1.3 s.
+"""
+
 # What ClickHouse puts where the next message would begin; newer servers between two marks, as the answer's last bytes. No
 # other place counts: rows may hold such texts too.
 _EXCEPTION = re.compile(rb"\A\s*(?:__exception__\r\n(?:\w+\r\n)?)?(Code: (\d+)\. DB::.*)", re.DOTALL)
@@ -77,7 +82,8 @@ class _Tail:
 
 
 def batches(source: ByteSource) -> Iterator[pa.RecordBatch]:
-    """The record batches of an Arrow stream, with text that is UTF-8 (Polars would take any bytes, and panic later).
+    """The record batches of an Arrow stream, small ones together, with text that is UTF-8 (Polars would take any bytes, and
+    panic later).
 
     Each wrong sequence of bytes is U+FFFD, as Python and Unicode count them. A batch that had any has a column more,
     `AS_READ`, with what the texts were.
@@ -88,12 +94,25 @@ def batches(source: ByteSource) -> Iterator[pa.RecordBatch]:
     tail = _Tail(source)
     try:
         reader = pa.ipc.open_stream(tail)
-        while (batch := _next(reader, tail)) is not None:
-            yield _with_valid_text(batch)
+        for some in _together(iter(lambda: _next(reader, tail), None)):
+            yield _with_valid_text(some)
     except (pa.ArrowInvalid, OSError) as error:
         raise _truncated(tail) from error
     if not tail.last_bytes.endswith(END_OF_STREAM) or tail.read(1):
         raise _truncated(tail)
+
+
+def _together(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        waiting.append(batch)
+        size += batch.nbytes
+        if size >= BATCH_BYTES:
+            yield pa.concat_batches(waiting)
+            waiting, size = [], 0
+    if waiting:
+        yield pa.concat_batches(waiting)
 
 
 def _next(reader: pa.RecordBatchReader, tail: _Tail) -> pa.RecordBatch | None:

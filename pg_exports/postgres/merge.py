@@ -26,6 +26,23 @@ class Merged:
     missing: int = 0
 
 
+HASH_BYTES = 128 * 1024 * 1024
+"""Memory of the server's that a merge may take to look its rows up by, where the server's settings give less: with the usual
+8 MB the destination's rows go through files, and 121,369 unchanged sessions take 0.67 s instead of 0.51 s.
+"""
+
+# Not `work_mem`, which sorting would take as well, and gain nothing. PostgreSQL 12 has no such setting.
+_HASH_MEMORY = """
+SELECT CASE WHEN current_setting('hash_mem_multiplier', true) IS NOT NULL THEN set_config(
+    'hash_mem_multiplier',
+    greatest(
+        current_setting('hash_mem_multiplier', true)::float8,
+        least(1000, $1::float8 / pg_size_bytes(current_setting('work_mem')))
+    )::text,
+    true
+) END
+"""
+
 INTERVAL_COLUMN = "pg_exports_interval"
 """In a staging table with the rows of several intervals: in which of them a row counts, as in a frame's `INTERVAL`."""
 
@@ -57,6 +74,7 @@ def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
     """
     rule = table.model.merge
     sql = _upsert(table, staging, rule) if rule else _insert_missing(table, staging)
+    _give_memory(session)
     [(inserted, updated)] = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
     missing: object = 0
     if table.may_drop_rows:
@@ -71,6 +89,7 @@ def merge_intervals(session: Session, table: DestinationTable, staging: str, rul
     for the first of them, as if that had been merged first. Gives what became of each interval's rows.
     """
     sql = _upsert_intervals(table, staging, rule)
+    _give_memory(session)
     merged = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
     missing: dict[int, int] = {}
     if table.may_drop_rows:
@@ -85,6 +104,10 @@ def merge_intervals(session: Session, table: DestinationTable, staging: str, rul
         interval: Merged(*counts.get(interval, (0, 0)), missing.get(interval, 0))
         for interval in counts.keys() | missing.keys()
     }
+
+
+def _give_memory(session: Session) -> None:
+    session.execute(_HASH_MEMORY, float(HASH_BYTES), doing="setting the memory of a merge")
 
 
 def _insert_missing(table: DestinationTable, staging: str) -> str:

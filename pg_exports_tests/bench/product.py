@@ -6,20 +6,24 @@ first contact with its storage are not counted. Other modules start it by
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
+import polars as pl
 
-from pg_exports import PostgresExport
+from pg_exports import ClickHouseResource, PostgresExport
 from pg_exports.sandbox import Sandbox
 from pg_exports_tests.bench import processes
 from pg_exports_tests.bench.dataset import TEAM
@@ -68,14 +72,23 @@ def arguments(
     return [*words, "--interval", interval, "--start", start, "--first", first, *(["--last", last] if last else [])]
 
 
-def run_day(sandbox: Sandbox, model: str, database: str, schema: str, start: datetime) -> "Result":
+def run_day(
+    sandbox: Sandbox, model: str, database: str, schema: str, start: datetime, *, read_first: bool = False
+) -> "Result":
     """Run an export of one day in a process of its own.
+
+    Args:
+        sandbox: whose servers are used.
+        model, database, schema: what is exported, from where in ClickHouse to where in Postgres.
+        start: of the day.
+        read_first: read all rows before the first is written, so that ClickHouse does not work beside Postgres.
 
     Raises:
         BenchError: the run failed.
     """
     date = f"{start:%Y-%m-%d}"
     command = arguments(model, database, schema, interval="day", start=date, first=date)
+    command += ["--read-first"] if read_first else []
     return Result.of(processes.run(command, sandbox).output)
 
 
@@ -89,7 +102,10 @@ def main() -> int:
     parser.add_argument("--start", required=True, help="beginning of the first interval")
     parser.add_argument("--first", required=True, help="key of the first partition")
     parser.add_argument("--last", help="key of the last partition, for a range")
+    parser.add_argument("--read-first", action="store_true", help="all rows, before the first is written")
     asked = parser.parse_args()
+    if asked.read_first:
+        _read_first()
     os.environ["CLICKHOUSE_DATABASE"] = asked.database
     export = PostgresExport.model_validate(
         {
@@ -127,6 +143,20 @@ def _run(export: PostgresExport, instance: dg.DagsterInstance, first: str, last:
     ]
     metadata = {str(one.partition): _figures(one) for one in materialised}
     return Result(round(seconds, 3), round(_load_seconds(instance, result.run_id), 3), _peak_bytes(), metadata)
+
+
+def _read_first() -> None:
+    """Let `ClickHouseResource` have all frames in memory before it gives the first."""
+    as_they_come = ClickHouseResource.frames
+
+    @contextlib.contextmanager
+    @functools.wraps(as_they_come)
+    def frames(*arguments: Any, **named: Any) -> Iterator[Iterator[pl.DataFrame]]:
+        with as_they_come(*arguments, **named) as frames:
+            rows = list(frames)
+        yield iter(rows)
+
+    setattr(ClickHouseResource, as_they_come.__name__, frames)
 
 
 def _load_seconds(instance: dg.DagsterInstance, run_id: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 import pytest
 
-from pg_exports.clickhouse.arrow import END_OF_STREAM, TAIL_BYTES, TruncatedStreamError, batches
+from pg_exports.clickhouse.arrow import BATCH_BYTES, END_OF_STREAM, TAIL_BYTES, TruncatedStreamError, batches
 from pg_exports.models import AS_READ
 
 EXCEPTION = (
@@ -98,10 +98,17 @@ def test_words_about_an_exception_in_the_data_are_data() -> None:
         words(stream(EXCEPTION).removesuffix(END_OF_STREAM))
 
 
+def test_small_batches_are_given_together_and_great_ones_at_once() -> None:
+    great = "x" * BATCH_BYTES
+    given = [batch["word"].to_pylist() for batch in batches(io.BytesIO(stream("one", "two", great, great, "three")))]
+    assert given == [["one", "two", great], [great], ["three"]]
+
+
 def test_rows_before_the_break_are_given_before_the_error() -> None:
-    data = stream("one", "two")
+    great = "x" * BATCH_BYTES
+    data = stream("one", great, "two")
     given = batches(io.BytesIO(data.removesuffix(END_OF_STREAM)))
-    assert [next(given)["word"].to_pylist(), next(given)["word"].to_pylist()] == [["one"], ["two"]]
+    assert [next(given)["word"].to_pylist(), next(given)["word"].to_pylist()] == [["one", great], ["two"]]
     with pytest.raises(TruncatedStreamError):
         next(given)
 
