@@ -25,7 +25,7 @@ COPY_BYTES = 16 * 1024 * 1024
 has nothing to do for some 10 ms.
 """
 
-FIRST_COPY_BYTES = 2 * 1024 * 1024
+FIRST_COPY_BYTES = 512 * 1024
 """Size of the first one, so that Postgres need not wait for much; each is twice the one before, up to `COPY_BYTES`."""
 
 BATCH_BYTES = 1024 * 1024

@@ -8,6 +8,7 @@ first contact with its storage are not counted. Other modules start it by
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import os
 import shutil
@@ -134,6 +135,8 @@ def _run(export: PostgresExport, instance: dg.DagsterInstance, first: str, last:
 
     definitions = dg.Definitions.merge(export.build_defs(None), connections())
     job = definitions.resolve_job_def(f"{export.key}_job")
+    # As a deployment does when it has loaded its definitions.
+    gc.freeze()
     tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if last else {}
     began = time.monotonic()
     result = job.execute_in_process(instance=instance, partition_key=None if last else first, tags=tags)
