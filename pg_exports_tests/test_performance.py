@@ -192,7 +192,7 @@ def test_the_next_rows_are_read_while_postgres_takes_the_last(target: Target) ->
 
 
 @pytest.mark.parametrize("model", ["persons", "sessions"])
-def test_a_merge_into_a_table_without_triggers_is_one_statement_and_its_memory(
+def test_a_merge_into_a_table_without_triggers_is_one_statement_and_what_prepares_it(
     source: Source, target: Target, run: RunExport, hour: datetime, model: str
 ) -> None:
     """An interval alone, and three together."""
@@ -205,11 +205,14 @@ def test_a_merge_into_a_table_without_triggers_is_one_statement_and_its_memory(
     copied = [n for n, statement in enumerate(said) if statement.startswith("RELEASE SAVEPOINT")]
     dropped = [n for n, statement in enumerate(said) if statement.startswith("DROP TABLE")]
     assert len(copied) == len(dropped) == 2
-    for begin, end in zip(copied, dropped, strict=True):
-        [memory, merge] = said[begin + 1 : end]
+    for is_first, begin, end in zip((True, False), copied, dropped, strict=True):
+        [memory, look, merge] = said[begin + 1 : end]
         assert "hash_mem_multiplier" in memory
+        assert "LIMIT 1" in look
         assert "INSERT INTO" in merge
         assert "ON CONFLICT" in merge
+        # Which rows are there already is not asked of an empty table.
+        assert ("LEFT JOIN" in merge) != is_first
 
 
 # Times beside each other

@@ -73,8 +73,8 @@ def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
     Where a trigger or a rule of the table's may have kept some of them out, each is looked up then.
     """
     rule = table.model.merge
-    sql = _upsert(table, staging, rule) if rule else _insert_missing(table, staging)
     _give_memory(session)
+    sql = _upsert(table, staging, rule, is_empty=_is_empty(session, table)) if rule else _insert_missing(table, staging)
     [(inserted, updated)] = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
     missing: object = 0
     if table.may_drop_rows:
@@ -88,8 +88,8 @@ def merge_intervals(session: Session, table: DestinationTable, staging: str, rul
     """The same with the rows of several intervals, of which one may stand in several, the same in each. It is brought in
     for the first of them, as if that had been merged first. Gives what became of each interval's rows.
     """
-    sql = _upsert_intervals(table, staging, rule)
     _give_memory(session)
+    sql = _upsert_intervals(table, staging, rule, is_empty=_is_empty(session, table))
     merged = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
     missing: dict[int, int] = {}
     if table.may_drop_rows:
@@ -108,6 +108,12 @@ def merge_intervals(session: Session, table: DestinationTable, staging: str, rul
 
 def _give_memory(session: Session) -> None:
     session.execute(_HASH_MEMORY, float(HASH_BYTES), doing="setting the memory of a merge")
+
+
+def _is_empty(session: Session, table: DestinationTable) -> bool:
+    """Whether the table has no rows yet. Another run may bring some at any time: this decides how, not what is written."""
+    sql = f"SELECT 1 FROM {table.qualified} LIMIT 1"
+    return not session.rows(sql, doing=f"looking into {table.qualified}", patience=MERGE_TIMEOUT)
 
 
 def _insert_missing(table: DestinationTable, staging: str) -> str:
@@ -139,17 +145,17 @@ def _missing(table: DestinationTable, staging: str) -> str:
     """
 
 
-def _upsert(table: DestinationTable, staging: str, rule: Merge) -> str:
+def _upsert(table: DestinationTable, staging: str, rule: Merge, *, is_empty: bool) -> str:
     return f"""
         WITH written AS (
-            {_insert(table, quoted(table.destination.schema, staging), rule)}
+            {_insert(table, quoted(table.destination.schema, staging), rule, is_empty=is_empty)}
             RETURNING {_is_new(table)} AS is_new
         )
         SELECT count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new) FROM written
     """
 
 
-def _upsert_intervals(table: DestinationTable, staging: str, rule: Merge) -> str:
+def _upsert_intervals(table: DestinationTable, staging: str, rule: Merge, *, is_empty: bool) -> str:
     key = ", ".join(quoted(name) for name in table.model.key)
     return f"""
         WITH
@@ -159,7 +165,7 @@ def _upsert_intervals(table: DestinationTable, staging: str, rule: Merge) -> str
                 ORDER BY {key}, {INTERVAL_COLUMN}
             ),
             written AS (
-                {_insert(table, "first", rule)}
+                {_insert(table, "first", rule, is_empty=is_empty)}
                 RETURNING {", ".join(f"d.{quoted(name)}" for name in table.model.key)}, {_is_new(table)} AS is_new
             )
         SELECT {INTERVAL_COLUMN}, count(*) FILTER (WHERE is_new), count(*) FILTER (WHERE NOT is_new)
@@ -169,19 +175,23 @@ def _upsert_intervals(table: DestinationTable, staging: str, rule: Merge) -> str
     """
 
 
-def _insert(table: DestinationTable, rows: str, rule: Merge) -> str:
-    """Unchanged rows are left out first, as ON CONFLICT would lock and write them; in the order of the key, so that two
-    merges of the same rows wait for each other instead of deadlocking; the rule stands twice, as the destination's row
-    may change between the two.
+def _insert(table: DestinationTable, rows: str, rule: Merge, *, is_empty: bool) -> str:
+    """Unchanged rows are left out first, as ON CONFLICT would lock and write them; an empty table has none. In the order of
+    the key, so that two merges of the same rows wait for each other instead of deadlocking; the rule stands twice, as the
+    destination's row may change between the two.
     """
     key = [quoted(name) for name in table.model.key]
     others = [quoted(name) for name in table.column_names if name not in table.model.key]
+    same = " AND ".join(f"d.{name} = s.{name}" for name in key)
+    left_out = f"""
+        LEFT JOIN {table.qualified} AS d ON {same}
+        WHERE d.{key[0]} IS NULL OR {_replaces(table, rule, "s")}
+    """
     return f"""
         INSERT INTO {table.qualified} AS d ({table.column_list})
         SELECT {", ".join(f"s.{quoted(name)}" for name in table.column_names)}
         FROM {rows} AS s
-        LEFT JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
-        WHERE d.{key[0]} IS NULL OR {_replaces(table, rule, "s")}
+        {"" if is_empty else left_out}
         ORDER BY {", ".join(f"s.{name}" for name in key)}
         ON CONFLICT ({", ".join(key)}) DO UPDATE SET {", ".join(f"{name} = excluded.{name}" for name in others)}
         WHERE {_replaces(table, rule, "excluded")}

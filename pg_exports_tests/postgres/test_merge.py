@@ -17,7 +17,7 @@ from pg_exports.postgres.merge import Merged
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination
 from pg_exports_tests.conftest import Target
-from pg_exports_tests.postgres.test_ingest import MOMENT, Row, copy, create, event, load, person
+from pg_exports_tests.postgres.test_ingest import MOMENT, Row, copy, create, event, load, load_by, person
 
 Versions = tuple[int | None, int | None]
 
@@ -189,3 +189,24 @@ def test_two_merges_of_the_same_rows_in_opposite_orders_wait_for_each_other(targ
     written = [(outcome.inserted, outcome.updated) for outcome in outcomes if isinstance(outcome, Merged)]
     assert sum(inserted for inserted, _ in written) == 1_500
     assert target.rows("SELECT person_version, count(*) FROM persons GROUP BY 1") == [(3, 3_000)]
+
+
+def test_a_merge_has_memory_to_look_rows_up_by_and_gives_it_back(target: Target) -> None:
+    with target.resource().session() as session:
+
+        def hash_memory() -> float:
+            sql = (
+                "SELECT current_setting('hash_mem_multiplier')::float8"
+                " * pg_size_bytes(current_setting('work_mem')) / 1024 / 1024"
+            )
+            [(megabytes,)] = session.rows(sql, doing="reading a setting")
+            return float(str(megabytes))
+
+        before = hash_memory()
+        for work_memory, megabytes in (("1MB", 128), ("4MB", 128), ("64kB", 62.5), ("1GB", 1024 * before / 4)):
+            with session.transaction():
+                session.execute(f"SET LOCAL work_mem = '{work_memory}'", doing="setting it")
+                load_by(session, Destination(None, target.schema, "persons"), PERSONS, person(work_memory))
+                assert hash_memory() == megabytes
+            assert hash_memory() == before
+    assert target.count("persons") == 4
