@@ -94,7 +94,7 @@ def batches(source: ByteSource) -> Iterator[pa.RecordBatch]:
     tail = _Tail(source)
     try:
         reader = pa.ipc.open_stream(tail)
-        for some in _together(iter(lambda: _next(reader, tail), None)):
+        for some in together(iter(lambda: _next(reader, tail), None)):
             yield _with_valid_text(some)
     except (pa.ArrowInvalid, OSError) as error:
         raise _truncated(tail) from error
@@ -102,17 +102,22 @@ def batches(source: ByteSource) -> Iterator[pa.RecordBatch]:
         raise _truncated(tail)
 
 
-def _together(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+def together(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The same rows in batches of `BATCH_BYTES` or more, but for the last; a batch that is as great is given as it is."""
     waiting: list[pa.RecordBatch] = []
     size = 0
     for batch in batches:
         waiting.append(batch)
         size += batch.nbytes
         if size >= BATCH_BYTES:
-            yield pa.concat_batches(waiting)
+            yield _one(waiting)
             waiting, size = [], 0
     if waiting:
-        yield pa.concat_batches(waiting)
+        yield _one(waiting)
+
+
+def _one(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    return batches[0] if len(batches) == 1 else pa.concat_batches(batches)
 
 
 def _next(reader: pa.RecordBatchReader, tail: _Tail) -> pa.RecordBatch | None:

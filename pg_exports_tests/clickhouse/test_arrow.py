@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import pyarrow as pa
 import pytest
 
-from pg_exports.clickhouse.arrow import BATCH_BYTES, END_OF_STREAM, TAIL_BYTES, TruncatedStreamError, batches
+from pg_exports.clickhouse.arrow import BATCH_BYTES, END_OF_STREAM, TAIL_BYTES, TruncatedStreamError, batches, together
 from pg_exports.models import AS_READ
 
 EXCEPTION = (
@@ -102,6 +102,11 @@ def test_small_batches_are_given_together_and_great_ones_at_once() -> None:
     great = "x" * BATCH_BYTES
     given = [batch["word"].to_pylist() for batch in batches(io.BytesIO(stream("one", "two", great, great, "three")))]
     assert given == [["one", "two", great], [great], ["three"]]
+
+
+def test_a_great_batch_is_not_copied() -> None:
+    great = pa.record_batch({"word": ["x" * BATCH_BYTES]})
+    assert [batch is great for batch in together(iter([great, great]))] == [True, True]
 
 
 def test_rows_before_the_break_are_given_before_the_error() -> None:
