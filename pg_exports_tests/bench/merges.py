@@ -179,6 +179,7 @@ def measure(
             rows, of_model = _races(sandbox, rounds, model, size, states)
             sizes.append(f"{rows:,} {model}")
             races += of_model
+    slow = [f"{race.model}, {race.state}" for race in races if race.ratio > RATIO]
     return Section(
         title="A merge beside SQL by hand",
         header=("table before", "run s", "reading s", "merge s", "by hand s", "merge / by hand"),
@@ -189,9 +190,14 @@ def measure(
             "the statement that is the fastest for the case; it reads nothing from ClickHouse, repairs and records nothing.",
             "The run has all rows in memory before it writes the first: ClickHouse would work on the same cores. What `merge` "
             "counts begins there, and ends with the commit: COPY into a staging table, the merge, the ledger.",
-            f"At most {RATIO} times is promised.",
+            f"At most {RATIO} times is promised."
+            + (
+                f" **It took more for: {'; '.join(slow)}.** Sessions have 47 columns to encode for COPY."
+                if slow
+                else ""
+            ),
         ],
-        holds=all(race.ratio <= RATIO for race in races),
+        holds=not slow,
     )
 
 
