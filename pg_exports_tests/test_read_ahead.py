@@ -1,5 +1,6 @@
 """Items that are made ahead of their use: which, how many, and what becomes of them when nobody wants them any more."""
 
+import os
 import threading
 from collections.abc import Iterator
 
@@ -109,3 +110,11 @@ def test_a_block_that_ends_early_does_not_wait_for_the_item_that_is_being_made_a
     source.let_go.set()
     finish()
     assert source.asked == [0, 1]
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="Only Linux has such a policy.")
+def test_the_thread_gives_way_to_other_processes_and_the_rest_of_this_one_does_not() -> None:
+    before = os.sched_getscheduler(0)
+    with read_ahead((os.sched_getscheduler(0) for _ in range(2)), 1) as policies:
+        assert list(policies) == [os.SCHED_BATCH] * 2
+    assert os.sched_getscheduler(0) == before

@@ -190,12 +190,7 @@ def measure(
             "the statement that is the fastest for the case; it reads nothing from ClickHouse, repairs and records nothing.",
             "The run has all rows in memory before it writes the first: ClickHouse would work on the same cores. What `merge` "
             "counts begins there, and ends with the commit: COPY into a staging table, the merge, the ledger.",
-            f"At most {RATIO} times is promised."
-            + (
-                f" **It took more for: {'; '.join(slow)}.** Sessions have 47 columns to encode for COPY."
-                if slow
-                else ""
-            ),
+            f"At most {RATIO} times is promised." + (f" **It took more for: {'; '.join(slow)}.**" if slow else ""),
         ],
         holds=not slow,
     )

@@ -210,3 +210,13 @@ def test_a_merge_has_memory_to_look_rows_up_by_and_gives_it_back(target: Target)
                 assert hash_memory() == megabytes
             assert hash_memory() == before
     assert target.count("persons") == 4
+
+
+def test_rows_that_another_run_brings_after_the_look_into_an_empty_table_keep_to_the_rule(
+    target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load(target, PERSONS, person("older", person_version=1), person("newer", person_version=3))
+    monkeypatch.setattr(merge, "_is_empty", lambda session, table: True)
+    rows = [person(name, person_version=2) for name in ("older", "newer", "new")]
+    assert load(target, PERSONS, *rows) == Merged(inserted=1, updated=1)
+    assert dict(target.rows("SELECT distinct_id, person_version FROM persons")) == {"older": 2, "newer": 3, "new": 2}
