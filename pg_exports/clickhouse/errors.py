@@ -35,15 +35,28 @@ PASSING_CODES = frozenset(
 
 _TRACE = "The query is in system.query_log, with the run's id in its log_comment."
 
+_VALUE = (
+    "A value does not fit its column's type: change the type, the expression or your own query in the export's YAML."
+)
+
 _REMEDIES = {
-    47: "A column is missing: the models read PostHog's tables as PostHog makes them.",
+    6: _VALUE,
+    41: _VALUE,
+    43: "In an added column's expression, `e.properties` is the column as ClickHouse has it; `properties` may be NULL.",
+    47: "A column is missing: the models read PostHog's tables as PostHog makes them. A query of your own must give each of "
+    "its `columns`.",
+    62: "Check the SQL of a query of your own, and of added columns.",
     60: "A source table is missing: check the connection's `database` (CLICKHOUSE_DATABASE).",
+    70: _VALUE,
     81: "Check the connection's `database` (CLICKHOUSE_DATABASE).",
     115: "Check the connection's `settings`.",
     164: "The ClickHouse user may not change settings: give it a profile with `readonly` 2 instead of 1.",
     192: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     193: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     194: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
+    395: _VALUE,
+    427: "A pattern in the export's `filters` is no regular expression (RE2's syntax).",
+    467: _VALUE,
     497: "The ClickHouse user needs SELECT on the model's source tables: `GRANT SELECT ON <database>.* TO <user>`.",
     516: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
 }

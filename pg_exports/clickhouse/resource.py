@@ -84,7 +84,13 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
     @contextlib.contextmanager
     def frames(
-        self, query: Query, model: Model, *, columns: Collection[str] | None = None, log_comment: str
+        self,
+        query: Query,
+        model: Model,
+        *,
+        columns: Collection[str] | None = None,
+        log_comment: str,
+        query_id: str | None = None,
     ) -> Iterator[Iterator[pl.DataFrame]]:
         """Stream a model's rows: frames with the model's columns, in the types of `FRAME_TYPES`, and those beside them:
         `INTERVAL`, `IDENTITY` for a model with fingerprints, `AS_READ` where a value is one that a frame cannot hold.
@@ -94,8 +100,9 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         Args:
             query: the statement and its bound parameters.
             model: whose columns the answer has.
-            columns: the optional ones among these alone are read; all by default.
+            columns: the optional and the added ones among these alone are read; all by default.
             log_comment: what ClickHouse's query log keeps beside the query.
+            query_id: what it calls the query, of which no other may run at the same time; ClickHouse's own by default.
 
         Raises:
             SettingsError: the address or the authority cannot be one.
@@ -103,24 +110,35 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             PassingError: it did not answer, or the answer broke off before its end.
         """
         asked = {column.name for column in model.columns} if columns is None else columns
-        needless = [column.name for column in model.columns if column.optional and column.name not in asked]
-        query = query.without(needless)
+        needless = [
+            column for column in model.columns if (column.optional or column.expression) and column.name not in asked
+        ]
+        query = query.without([column.name_in_answer for column in needless])
         with contextlib.ExitStack() as opened:
             with self._explained():
                 client = opened.enter_context(contextlib.closing(self._client()))
-                settings = {**_WHOLE_ANSWERS, "log_comment": log_comment}
+                settings = _settings(log_comment, query_id)
                 answer = client.raw_stream(query.sql, dict(query.parameters), settings=settings, fmt="ArrowStream")
             opened.callback(_hang_up, cast("Answer", answer))
-            needed = [column for column in model.columns if column.name not in needless]
+            needed = [column for column in model.columns if column not in needless]
             yield self._frames(_Body(cast("Answer", answer)), model, needed)
 
-    def rows(self, query: Query, *, log_comment: str) -> list[tuple[Any, ...]]:
+    def rows(self, query: Query, *, log_comment: str, query_id: str | None = None) -> list[tuple[Any, ...]]:
         """The rows of a query with a small answer. Arguments and errors as those of `frames`."""
-        settings = {**_WHOLE_ANSWERS, "log_comment": log_comment}
+        settings = _settings(log_comment, query_id)
         with self._explained(), contextlib.closing(self._client()) as client:
             return [
                 tuple(row) for row in client.query(query.sql, dict(query.parameters), settings=settings).result_rows
             ]
+
+    def count(self, query: Query, *, log_comment: str) -> int:
+        """How many rows a query has; of its columns ClickHouse reads those that it needs for that.
+
+        Raises: as `frames`.
+        """
+        counted = Query(f"SELECT count() FROM (\n{query.sql.strip()}\n)", query.parameters)
+        [(rows,)] = self.rows(counted, log_comment=log_comment)
+        return int(rows)
 
     def has_dictionary(self, name: str, *, log_comment: str = "") -> bool:
         """Whether the database has a dictionary that this user may see.
@@ -189,6 +207,11 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             raise PassingError(f"The connection to ClickHouse at {self.address} broke: {error}") from None
 
 
+def _settings(log_comment: str, query_id: str | None) -> dict[str, int | str]:
+    named = {} if query_id is None else {"query_id": query_id}
+    return {**_WHOLE_ANSWERS, "log_comment": log_comment, **named}
+
+
 class _Body:
     """An answer's body, which ends where the connection breaks: ClickHouse breaks it behind an exception's text."""
 
@@ -215,7 +238,8 @@ def _hang_up(answer: Answer) -> None:
 
 
 def _conformed(frame: pl.DataFrame, model: Model, columns: Sequence[Column]) -> pl.DataFrame:
-    """The columns, each in its kind's type, `IDENTITY` for a model with fingerprints, `INTERVAL`, and `AS_READ` where needed.
+    """The columns, each with its own name in its kind's type, `IDENTITY` for a model with fingerprints, `INTERVAL`, and
+    `AS_READ` where needed.
 
     A whole number past 64 bits is NULL, with its digits in `AS_READ`.
 
@@ -224,19 +248,29 @@ def _conformed(frame: pl.DataFrame, model: Model, columns: Sequence[Column]) -> 
     """
     try:
         schema = frame.schema
-        values = [_cast(schema.get(column.name), column) for column in columns]
+        values = [_cast(schema.get(column.name_in_answer), column) for column in columns]
         others = [pl.col(IDENTITY).cast(pl.UInt64)] if model.fingerprints else []
         others += [pl.col(INTERVAL).cast(pl.Int64)] if INTERVAL in schema else []
-        originals = as_read.originals(frame)
+        originals = _renamed(as_read.originals(frame), columns)
         conformed = frame.select(*values, *others)
         for column in columns:
-            if schema[column.name] in _WIDER:
-                lost = (conformed[column.name].is_null() & frame[column.name].is_not_null()).arg_true()
-                for row, number in zip(lost, frame[column.name].gather(lost), strict=True):
+            if schema[column.name_in_answer] in _WIDER:
+                read = frame[column.name_in_answer]
+                lost = (conformed[column.name].is_null() & read.is_not_null()).arg_true()
+                for row, number in zip(lost, read.gather(lost), strict=True):
                     originals.setdefault(row, {})[column.name] = number
         return as_read.with_originals(conformed, originals) if originals else conformed
     except pl.exceptions.PolarsError as error:
         raise SourceError(f"What ClickHouse answers for {model.name} does not fit its columns: {error}") from None
+
+
+def _renamed(originals: dict[int, dict[str, object]], columns: Sequence[Column]) -> dict[int, dict[str, object]]:
+    """What the rows were by the columns' own names; what is read for `finish` alone is of no interest any more."""
+    names = {column.name_in_answer: column.name for column in columns}
+    return {
+        row: {names[name]: value for name, value in values.items() if name in names}
+        for row, values in originals.items()
+    }
 
 
 _WIDER = (pl.UInt64(), pl.Int128(), pl.UInt128())
@@ -244,4 +278,5 @@ _WIDER = (pl.UInt64(), pl.Int128(), pl.UInt128())
 
 
 def _cast(dtype: pl.DataType | None, column: Column) -> pl.Expr:
-    return pl.col(column.name).cast(FRAME_TYPES[column.kind], strict=dtype not in _WIDER)
+    read = pl.col(column.name_in_answer).cast(FRAME_TYPES[column.kind], strict=dtype not in _WIDER)
+    return read.alias(column.name)

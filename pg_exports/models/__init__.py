@@ -1,9 +1,12 @@
 """What can be exported: one module a model, with its columns and its ClickHouse query. No I/O and no driver here.
 
-`model` has the words; `events`, `persons` and `sessions` are PostHog's three; `json_text` and `channel_type` serve them.
+`model` has the words; `events`, `persons` and `sessions` are PostHog's three, `own` a user's; `columns` changes what a model
+has, `filters` selects among its rows; `json_text` and `channel_type` serve them.
 """
 
+from pg_exports.models.columns import AddedColumn, ColumnChange, with_columns
 from pg_exports.models.events import EVENTS
+from pg_exports.models.filters import PropertyFilter
 from pg_exports.models.model import (
     AS_READ,
     FRAME_TYPES,
@@ -16,6 +19,7 @@ from pg_exports.models.model import (
     Query,
     Selection,
 )
+from pg_exports.models.own import OwnModel
 from pg_exports.models.persons import PERSONS
 from pg_exports.models.sessions import SESSIONS
 
@@ -28,10 +32,15 @@ __all__ = [
     "IDENTITY",
     "INTERVAL",
     "MODELS",
+    "AddedColumn",
     "Column",
+    "ColumnChange",
     "Kind",
     "Merge",
     "Model",
+    "OwnModel",
+    "PropertyFilter",
     "Query",
     "Selection",
+    "with_columns",
 ]

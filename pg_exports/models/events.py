@@ -11,8 +11,9 @@ import re
 import polars as pl
 
 from pg_exports.models import as_read as as_reads
-from pg_exports.models import json_text
+from pg_exports.models import filters, json_text
 from pg_exports.models.model import (
+    MORE_COLUMNS,
     Model,
     Query,
     Selection,
@@ -91,7 +92,7 @@ SELECT
     toDateTime64(coalesce(e.inserted_at, e._timestamp), 6, 'UTC') AS inserted_at,
     {_IDENTITY} AS identity,
     {_CERTAIN} = 0 AS suspect,
-    {_INTERVAL} AS interval_start
+    {_INTERVAL} AS interval_start {MORE_COLUMNS}
 {_FROM}
 LIMIT 1 BY e.team_id, e.event, cityHash64(e.distinct_id), cityHash64(e.uuid), interval_start
 """
@@ -106,6 +107,8 @@ FROM (
 GROUP BY interval_start
 """
 
+_DOCUMENTS: dict[filters.FilterType, str] = {"event": "e.properties", "person": "e.person_properties"}
+
 
 def query(selection: Selection) -> Query:
     """Events that ClickHouse received in each interval, each identity once."""
@@ -118,18 +121,22 @@ def fingerprints(selection: Selection) -> Query:
 
 
 def _query(sql: str, selection: Selection) -> Query:
-    filters, parameters = [], selection.parameters
+    conditions, parameters = [], selection.parameters
     if selection.include_events:
-        filters.append("AND e.event IN {include_events:Array(String)}")
+        conditions.append("e.event IN {include_events:Array(String)}")
         parameters["include_events"] = list(selection.include_events)
     if selection.exclude_events:
-        filters.append("AND e.event NOT IN {exclude_events:Array(String)}")
+        conditions.append("e.event NOT IN {exclude_events:Array(String)}")
         parameters["exclude_events"] = list(selection.exclude_events)
-    return Query(re.sub(r"\n *__EVENT_FILTERS__", "".join(f"\n    {line}" for line in filters), sql), parameters)
+    on_properties = filters.conditions(selection.filters, _DOCUMENTS)
+    written = "".join(f"\n    AND {condition}" for condition in (*conditions, *on_properties.sql))
+    return Query(sql.replace("\n    __EVENT_FILTERS__", written), parameters | on_properties.parameters)
 
 
 def finish(frame: pl.DataFrame) -> pl.DataFrame:
     """Read `$set`, `$set_once` and `$ip` of the suspect documents from their text; drop the mark."""
+    if "suspect" not in frame.columns:
+        return frame
     suspects = frame["suspect"].cast(pl.Boolean)
     frame = frame.drop("suspect")
     if not suspects.any():
@@ -146,7 +153,8 @@ def finish(frame: pl.DataFrame) -> pl.DataFrame:
             changed = {name: was for name, value, was in zip(_CUT_OUT, values[-1], were, strict=True) if was != value}
             as_read[row] = {name: was for name, was in original.items() if name not in _CUT_OUT} | changed
     exact = pl.DataFrame(values, schema=dict.fromkeys(_CUT_OUT, pl.String), orient="row")
-    frame = frame.with_columns(frame[name].scatter(rows, exact[name]) for name in _CUT_OUT)
+    cut_out = [name for name in _CUT_OUT if name in frame.columns]
+    frame = frame.with_columns(frame[name].scatter(rows, exact[name]) for name in cut_out)
     return as_reads.with_originals(frame, as_read)
 
 
@@ -176,26 +184,30 @@ EVENTS = Model(
     name="events",
     description="Every event that ClickHouse received in the interval, late ones included.",
     columns=(
-        varchar("uuid"),
-        varchar("event"),
-        jsonb("properties"),
-        jsonb("elements"),
-        jsonb("set"),
-        jsonb("set_once"),
-        varchar("distinct_id"),
-        integer("team_id"),
-        varchar("ip"),
+        varchar("uuid", "events.uuid"),
+        varchar("event", "events.event"),
+        jsonb("properties", "events.properties"),
+        jsonb("elements", "events.elements_chain"),
+        jsonb("set", "events.properties"),
+        jsonb("set_once", "events.properties"),
+        varchar("distinct_id", "events.distinct_id"),
+        integer("team_id", "events.team_id"),
+        varchar("ip", "events.properties"),
         varchar("site_url"),
-        timestamptz("timestamp"),
-        text("person_id", optional=True),
-        jsonb("person_properties", optional=True),
-        text("elements_chain", optional=True),
-        timestamptz("created_at", optional=True),
-        timestamptz("inserted_at", optional=True),
+        timestamptz("timestamp", "events.timestamp"),
+        text("person_id", "events.person_id", optional=True),
+        jsonb("person_properties", "events.person_properties", optional=True),
+        text("elements_chain", "events.elements_chain", optional=True),
+        timestamptz("created_at", "events.created_at", optional=True),
+        timestamptz("inserted_at", "events.inserted_at", "events._timestamp", optional=True),
     ),
     key=("uuid", "event", "distinct_id", "team_id"),
     merge=None,
     query=query,
     finish=finish,
     fingerprints=fingerprints,
+    needs=dict.fromkeys(_CUT_OUT, ("properties", "suspect")),
+    filter_types=tuple(_DOCUMENTS),
+    timestamps=("timestamp", "timestamp"),
+    source_tables=("events",),
 )

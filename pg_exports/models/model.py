@@ -4,11 +4,13 @@ Nothing here talks to a database. The models themselves are the modules beside t
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
 
 import polars as pl
+
+from pg_exports.models.filters import FilterType, PropertyFilter
 
 
 class Kind(Enum):
@@ -23,6 +25,7 @@ class Kind(Enum):
     INTEGER = auto()
     FLOAT = auto()
     BOOLEAN = auto()
+    DATE = auto()
     TIMESTAMP = auto()
     TEXT_LIST = auto()
 
@@ -33,6 +36,7 @@ FRAME_TYPES: Mapping[Kind, pl.DataType] = {
     Kind.INTEGER: pl.Int64(),
     Kind.FLOAT: pl.Float64(),
     Kind.BOOLEAN: pl.Boolean(),
+    Kind.DATE: pl.Date(),
     Kind.TIMESTAMP: pl.Datetime("us", "UTC"),
     Kind.TEXT_LIST: pl.List(pl.String()),
 }
@@ -49,48 +53,69 @@ INTERVAL = "interval_start"
 """A column of a query's answer beside the model's own (Int64): the beginning of the interval in which the row counts, in
 microseconds since 1970."""
 
+BESIDE = (IDENTITY, AS_READ, INTERVAL)
+"""The columns of frames beside a model's own; none of its own may be called so."""
+
+MORE_COLUMNS = "/* more columns */"
+"""Stands in a model's query where its list of columns ends: `columns` puts the added ones there."""
+
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a model: its name on both sides, its kind, and its type in a table that an export creates.
+    """One column of a model.
 
-    An optional column is not created; it is filled where the destination has it.
+    Attributes:
+        name: in Postgres, and in the frames.
+        kind: what its values are.
+        postgres_type: its type in a table that an export creates.
+        optional: it is not created; it is filled where the destination has it.
+        sources: the source columns that it is made from, as `table.column`.
+        alias: its name in the query's answer, where that is another.
+        expression: the ClickHouse expression of an added column. It is created, and read where the destination has it.
     """
 
     name: str
     kind: Kind
     postgres_type: str
     optional: bool = False
+    sources: tuple[str, ...] = ()
+    alias: str | None = None
+    expression: str | None = None
+
+    @property
+    def name_in_answer(self) -> str:
+        """Its name in the query's answer."""
+        return self.alias or self.name
 
 
-def varchar(name: str) -> Column:
+def varchar(name: str, *sources: str) -> Column:
     """A VARCHAR(200) column, PostHog's own width."""
-    return Column(name, Kind.TEXT, "VARCHAR(200)")
+    return Column(name, Kind.TEXT, "VARCHAR(200)", sources=sources)
 
 
-def text(name: str, *, optional: bool = False) -> Column:
+def text(name: str, *sources: str, optional: bool = False) -> Column:
     """A TEXT column."""
-    return Column(name, Kind.TEXT, "TEXT", optional)
+    return Column(name, Kind.TEXT, "TEXT", optional, sources)
 
 
-def jsonb(name: str, *, optional: bool = False) -> Column:
+def jsonb(name: str, *sources: str, optional: bool = False) -> Column:
     """A JSONB column."""
-    return Column(name, Kind.JSON, "JSONB", optional)
+    return Column(name, Kind.JSON, "JSONB", optional, sources)
 
 
-def integer(name: str) -> Column:
+def integer(name: str, *sources: str) -> Column:
     """An INTEGER column."""
-    return Column(name, Kind.INTEGER, "INTEGER")
+    return Column(name, Kind.INTEGER, "INTEGER", sources=sources)
 
 
-def bigint(name: str) -> Column:
+def bigint(name: str, *sources: str) -> Column:
     """A BIGINT column."""
-    return Column(name, Kind.INTEGER, "BIGINT")
+    return Column(name, Kind.INTEGER, "BIGINT", sources=sources)
 
 
-def timestamptz(name: str, *, optional: bool = False) -> Column:
+def timestamptz(name: str, *sources: str, optional: bool = False) -> Column:
     """A TIMESTAMP WITH TIME ZONE column."""
-    return Column(name, Kind.TIMESTAMP, "TIMESTAMP WITH TIME ZONE", optional)
+    return Column(name, Kind.TIMESTAMP, "TIMESTAMP WITH TIME ZONE", optional, sources)
 
 
 @dataclass(frozen=True)
@@ -107,7 +132,7 @@ class Merge:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which rows of a model to read: one team, insertion times in UTC, and filters on event names.
+    """Which rows of a model to read: one team, insertion times in UTC, and filters on event names and properties.
 
     Attributes:
         team_id: the team.
@@ -115,6 +140,7 @@ class Selection:
         include_events, exclude_events: names of events; none for no filter.
         starts: the beginning of each interval that the selection consists of, ascending, the first being `start`; empty
             for the one interval from `start`.
+        filters: on properties; a row must pass all of them.
     """
 
     team_id: int
@@ -123,6 +149,7 @@ class Selection:
     include_events: tuple[str, ...] = ()
     exclude_events: tuple[str, ...] = ()
     starts: tuple[datetime, ...] = ()
+    filters: tuple[PropertyFilter, ...] = ()
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -146,7 +173,8 @@ class Query:
         """The same rows without these columns of the answer, which ClickHouse then need not read."""
         if not columns:
             return self
-        return Query(f"SELECT * EXCEPT ({', '.join(columns)}) FROM (\n{self.sql.strip()}\n)", self.parameters)
+        names = ", ".join(map(backquoted, columns))
+        return Query(f"SELECT * EXCEPT ({names}) FROM (\n{self.sql.strip()}\n)", self.parameters)
 
     def for_console(self) -> str:
         """The query with its values as `SET param_...` lines before it, to be pasted into clickhouse-client."""
@@ -179,6 +207,13 @@ class Model:
             identity: then a re-run asks the table for its keys.
         dictionary: a ClickHouse dictionary that `query_without_dictionary` does without.
         query_without_dictionary: the query for a source that lacks the dictionary.
+        needs: columns of the answer without which `finish` cannot give a column, by that column.
+        filter_types: what a property filter may look at, the model's own first; empty for a model without properties.
+        timestamps: the columns whose minimum and maximum are the first and the last time of its rows.
+        source_tables: the tables that it reads.
+        identity_scheme: what the rows' identities are made of, where a user may change that: identities of another scheme tell
+            nothing of these. A word without spaces and colons.
+        one_interval_a_query: its query cannot tell in which of several intervals a row counts: each is asked for alone.
     """
 
     name: str
@@ -191,6 +226,24 @@ class Model:
     fingerprints: Callable[[Selection], Query] | None = None
     dictionary: str | None = None
     query_without_dictionary: Callable[[Selection], Query] | None = None
+    needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    filter_types: tuple[FilterType, ...] = ()
+    timestamps: tuple[str, str] | None = None
+    source_tables: tuple[str, ...] = ()
+    one_interval_a_query: bool = False
+    identity_scheme: str = ""
+
+    def check_filters(self, filters: Sequence[PropertyFilter]) -> None:
+        """Make sure that the model has what the filters look at.
+
+        Raises:
+            ValueError: it has no properties, or none of a filter's `type`.
+        """
+        if filters and not self.filter_types:
+            raise ValueError(f"{self.name} have no properties to filter by")
+        for one in filters:
+            if one.type and one.type not in self.filter_types:
+                raise ValueError(f"{self.name} have no properties of `type: {one.type}` (the filter on `{one.key}`)")
 
 
 def microseconds(moment: datetime) -> int:
@@ -209,9 +262,17 @@ def _clickhouse_time(time: datetime) -> str:
 
 def _console_value(value: object) -> str:
     if isinstance(value, (list, tuple)):
-        return _quoted(f"[{', '.join(map(_console_value, value))}]")
-    return str(value) if isinstance(value, int) else _quoted(str(value))
+        return quoted(f"[{', '.join(str(item) if isinstance(item, int) else quoted(str(item)) for item in value)}]")
+    # ClickHouse reads a parameter as it reads a value of a TSV file.
+    escaped = str(value).replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
+    return str(value) if isinstance(value, int) else quoted(escaped)
 
 
-def _quoted(text: str) -> str:
+def backquoted(name: str) -> str:
+    """A name as ClickHouse's SQL has it."""
+    return "`" + name.replace("\\", "\\\\").replace("`", "\\`") + "`"
+
+
+def quoted(text: str) -> str:
+    """A text as ClickHouse's SQL has it."""
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

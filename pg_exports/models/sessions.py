@@ -1,7 +1,19 @@
 """sessions: one row for each session, as it stands when the query runs. Its channel type has a module of its own."""
 
 from pg_exports.models import channel_type
-from pg_exports.models.model import Column, Kind, Merge, Model, Query, Selection, bigint, integer, text, timestamptz
+from pg_exports.models.model import (
+    MORE_COLUMNS,
+    Column,
+    Kind,
+    Merge,
+    Model,
+    Query,
+    Selection,
+    bigint,
+    integer,
+    text,
+    timestamptz,
+)
 
 # What a session began with: its columns are called entry_NAME, the source's states initial_NAME.
 ATTRIBUTION = ("utm_source", "utm_campaign", "utm_medium", "utm_term", "utm_content")
@@ -95,7 +107,7 @@ SELECT
     sessions.end_current_url AS exit_current_url,
     path(sessions.end_current_url) AS exit_pathname,
     sessions.vitals_lcp AS vitals_lcp,
-    sessions.interval_start AS interval_start
+    sessions.interval_start AS interval_start __MORE_COLUMNS__
 FROM sessions
 """
 
@@ -111,6 +123,7 @@ _STATEMENT = (
     )
     .replace("__ENTRY_NAMES__", ",\n    ".join(f"sessions.entry_{name} AS entry_{name}" for name in _ENTRY))
     .replace("__BOUNCE_SECONDS__", str(BOUNCE_SECONDS))
+    .replace("__MORE_COLUMNS__", MORE_COLUMNS)
 )
 
 
@@ -124,37 +137,50 @@ def query_without_channel_types(selection: Selection) -> Query:
     return Query(_STATEMENT.replace("__CHANNEL_TYPE__", "CAST(NULL AS Nullable(String))"), selection.parameters)
 
 
+def _of(*columns: str) -> tuple[str, ...]:
+    return tuple(f"raw_sessions.{column}" for column in columns)
+
+
 SESSIONS = Model(
     name="sessions",
     description="Every session with its times, URLs, attribution and counts.",
     columns=(
-        text("session_id"),
-        text("session_id_v7"),
-        bigint("team_id"),
-        text("distinct_id"),
-        timestamptz("start_timestamp"),
-        timestamptz("end_timestamp"),
-        Column("urls", Kind.TEXT_LIST, "TEXT[]"),
-        bigint("num_uniq_urls"),
-        *(text(f"{end}_{part}") for end in ("entry", "end") for part in ("current_url", "pathname", "hostname")),
-        *(text(f"entry_{name}") for name in (*ATTRIBUTION, *REFERRAL)),
-        bigint("pageview_count"),
-        bigint("autocapture_count"),
-        bigint("screen_count"),
-        text("channel_type"),
-        bigint("session_duration"),
-        bigint("duration"),
-        integer("is_bounce"),
-        text("last_external_click_url"),
-        bigint("page_screen_autocapture_count_up_to"),
-        text("exit_current_url"),
-        text("exit_pathname"),
-        Column("vitals_lcp", Kind.FLOAT, "DOUBLE PRECISION"),
-        *(text(f"entry_{name}") for name in CLICK_IDS),
+        text("session_id", *_of("session_id_v7")),
+        text("session_id_v7", *_of("session_id_v7")),
+        bigint("team_id", *_of("team_id")),
+        text("distinct_id", *_of("distinct_id")),
+        timestamptz("start_timestamp", *_of("min_timestamp")),
+        timestamptz("end_timestamp", *_of("max_timestamp")),
+        Column("urls", Kind.TEXT_LIST, "TEXT[]", sources=_of("urls")),
+        bigint("num_uniq_urls", *_of("urls")),
+        *(
+            text(f"{end}_{part}", *_of(f"{end}_url"))
+            for end in ("entry", "end")
+            for part in ("current_url", "pathname", "hostname")
+        ),
+        *(text(f"entry_{name}", *_of(f"initial_{name}")) for name in (*ATTRIBUTION, *REFERRAL)),
+        bigint("pageview_count", *_of("pageview_uniq")),
+        bigint("autocapture_count", *_of("autocapture_uniq")),
+        bigint("screen_count", *_of("screen_uniq")),
+        text(
+            "channel_type",
+            *_of(*(f"initial_{name}" for name in ("utm_source", "utm_campaign", "utm_medium", *REFERRAL))),
+        ),
+        bigint("session_duration", *_of("min_timestamp", "max_timestamp")),
+        bigint("duration", *_of("min_timestamp", "max_timestamp")),
+        integer("is_bounce", *_of("pageview_uniq", "autocapture_uniq", "min_timestamp", "max_timestamp")),
+        text("last_external_click_url", *_of("last_external_click_url")),
+        bigint("page_screen_autocapture_count_up_to", *_of("page_screen_autocapture_uniq_up_to")),
+        text("exit_current_url", *_of("end_url")),
+        text("exit_pathname", *_of("end_url")),
+        Column("vitals_lcp", Kind.FLOAT, "DOUBLE PRECISION", sources=_of("vitals_lcp")),
+        *(text(f"entry_{name}", *_of(f"initial_{name}")) for name in CLICK_IDS),
     ),
     key=("team_id", "session_id"),
     merge=Merge(version=("end_timestamp",), or_changed=True),
     query=query,
     dictionary=channel_type.DICTIONARY,
     query_without_dictionary=query_without_channel_types,
+    timestamps=("start_timestamp", "end_timestamp"),
+    source_tables=("raw_sessions",),
 )

@@ -69,6 +69,7 @@ _CONVERSIONS: Mapping[Kind, Mapping[str, Callable[[pl.Series], pa.Array]]] = {
     },
     Kind.FLOAT: {"float8": _as_is},
     Kind.BOOLEAN: {"bool": _as_is},
+    Kind.DATE: {"date": _as_is},
     Kind.TIMESTAMP: {"timestamptz": _as_is, "timestamp": _in_utc},
     Kind.TEXT_LIST: {"_text": _as_is, "_varchar": _as_is},
 }

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import time
 import uuid
@@ -16,7 +17,7 @@ import trustme
 
 from pg_exports import ClickHouseResource, PostgresExport
 from pg_exports.errors import PassingError, SettingsError, SourceError
-from pg_exports.models import Model, Query
+from pg_exports.models import MODELS, Model, Query, Selection
 from pg_exports.models.model import bigint, text
 from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.certificates import HOST
@@ -444,6 +445,33 @@ def test_the_query_log_names_run_export_and_partition(
     )
     assert json.loads(comment) == {"run_id": run_id, "export": name, "partition": partition_key(hour)}
     assert threads == "1"
+
+
+def test_a_query_goes_out_with_the_id_that_it_is_given(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "urllib3.connectionpool")
+    query = Query("SELECT number, 'a' AS word FROM numbers({rows:UInt8})", {"rows": 2})
+    streamed, small = uuid.uuid4().hex, uuid.uuid4().hex
+    with https(sandbox).frames(query, NUMBERS, log_comment="tests", query_id=streamed) as frames:
+        assert sum(frame.height for frame in frames) == 2
+    assert len(https(sandbox).rows(query, log_comment="tests", query_id=small)) == 2
+    for query_id in (streamed, small):
+        [request] = [record for record in caplog.messages if query_id in record]
+        assert re.search(rf'"POST /\?.*\bquery_id={query_id}\b.* 200 ', request)
+
+
+def test_a_querys_rows_are_counted_without_reading_its_other_columns(
+    sandbox: Sandbox, source: Source, hour: datetime
+) -> None:
+    insert_events(source, hour, 3)
+    insert_events(source, hour, 1, event="'other'")
+    selection = Selection(TEAM, hour, hour + timedelta(hours=1), include_events=("$pageview",))
+    export = uuid.uuid4().hex
+    counted = source.resource().count(MODELS["events"].query(selection), log_comment=json.dumps({"export": export}))
+    assert counted == 3
+    [read] = source.columns_read(export)
+    assert "event" in read
+    assert not {"properties", "person_properties", "elements_chain"} & read
+    assert https(sandbox).count(Query("SELECT 1 WHERE 0", {}), log_comment="") == 0
 
 
 def test_event_names_with_quotes_are_data(source: Source, target: Target, run: RunExport, hour: datetime) -> None:

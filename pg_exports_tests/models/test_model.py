@@ -52,10 +52,7 @@ def test_an_events_query_can_be_pasted_into_a_console(hour: datetime) -> None:
         Query(
             "INSERT INTO events (event, team_id, distinct_id, properties, inserted_at)"
             " VALUES ({name:String}, 1, {name:String}, '{\"$set\": 1.50}', {at:DateTime64(6, 'UTC')})",
-            {
-                "name": name.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n"),
-                "at": f"{hour:%Y-%m-%d %H:%M:%S}",
-            },
+            {"name": name, "at": f"{hour:%Y-%m-%d %H:%M:%S}"},
         ).for_console()
         for name in (*ODD_NAMES, "left out", "other")
     ]
@@ -109,3 +106,14 @@ def test_a_query_gives_the_models_columns_of_the_team_alone(model: Model, sample
                 assert frame.select(model.key).is_unique().all()
                 rows += frame.height
         assert rows > 30
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=lambda model: model.name)
+def test_columns_name_source_columns_that_there_are(model: Model, sample: Source) -> None:
+    there = sample.rows("SELECT table || '.' || name FROM system.columns WHERE database = currentDatabase()")
+    sources = {column.name: set(column.sources) for column in model.columns}
+    assert set[str]().union(*sources.values()) <= {name for (name,) in there}
+    assert {name for name, of in sources.items() if not of} <= {"site_url"}
+    assert {source.partition(".")[0] for of in sources.values() for source in of} == set(model.source_tables)
+    assert model.timestamps
+    assert {*model.timestamps} <= {column.name for column in model.columns}

@@ -1,0 +1,257 @@
+"""Changes to a model's columns: some left out, some renamed, and some added, which are ClickHouse expressions.
+
+Here too is what a column that a user declares may have as its Postgres type, and how ClickHouse gives its values then.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from pg_exports.models.model import BESIDE, MORE_COLUMNS, Column, Kind, Model, Query, Selection, backquoted, quoted
+
+NAME_BYTES = 63
+"""Postgres cuts longer names."""
+
+TYPES: Mapping[str, Kind] = {
+    "TEXT": Kind.TEXT,
+    "VARCHAR": Kind.TEXT,
+    "CHAR": Kind.TEXT,
+    "UUID": Kind.TEXT,
+    "JSONB": Kind.JSON,
+    "JSON": Kind.JSON,
+    "SMALLINT": Kind.INTEGER,
+    "INTEGER": Kind.INTEGER,
+    "BIGINT": Kind.INTEGER,
+    "DOUBLE PRECISION": Kind.FLOAT,
+    "BOOLEAN": Kind.BOOLEAN,
+    "DATE": Kind.DATE,
+    "TIMESTAMP WITH TIME ZONE": Kind.TIMESTAMP,
+    "TIMESTAMP": Kind.TIMESTAMP,
+    "TEXT[]": Kind.TEXT_LIST,
+}
+"""The Postgres types that a user may give a column, and the kind of its values. VARCHAR and CHAR may have a length."""
+
+_SPELLINGS: Mapping[str, str] = {
+    "CHARACTER VARYING": "VARCHAR",
+    "CHARACTER": "CHAR",
+    "BPCHAR": "CHAR",
+    "INT2": "SMALLINT",
+    "INT": "INTEGER",
+    "INT4": "INTEGER",
+    "INT8": "BIGINT",
+    "FLOAT8": "DOUBLE PRECISION",
+    "BOOL": "BOOLEAN",
+    "TIMESTAMPTZ": "TIMESTAMP WITH TIME ZONE",
+    "TIMESTAMP WITHOUT TIME ZONE": "TIMESTAMP",
+}
+
+_TYPE = re.compile(r"(?P<name>[A-Z0-9 ]+?(?: ?\[ ?\])?) ?(?:\( ?(?P<length>[1-9][0-9]{0,6}) ?\))?")
+_WITH_LENGTH = ("VARCHAR", "CHAR")
+
+
+def declared_type(type_: str) -> tuple[str, Kind]:
+    """A Postgres type in its canonical spelling, and the kind of values that a column of it gets.
+
+    Raises:
+        ValueError: exports do not write such a type.
+    """
+    found = _TYPE.fullmatch(" ".join(type_.upper().split()))
+    name = re.sub(r" ?\[ ?\]", "[]", found["name"]) if found else ""
+    name = _SPELLINGS.get(name, name)
+    length = found["length"] if found else None
+    if name not in TYPES or (length and name not in _WITH_LENGTH):
+        known = ", ".join(f"{known} or {known}(n)" if known in _WITH_LENGTH else known for known in TYPES)
+        raise ValueError(f"a column's type must be one of {known}, not {type_!r}")
+    return (f"{name}({length})" if length else name), TYPES[name]
+
+
+def value(kind: Kind, column: str, name: str) -> str:
+    """The ClickHouse expression that gives a column's values as those of a kind.
+
+    NULL stays NULL. An empty text is NULL, too, but for kinds of text. What is no value of the kind is an error of
+    ClickHouse's: no value is guessed, cut or wrapped.
+
+    Args:
+        kind: of the values.
+        column: the column, of any ClickHouse type, as SQL.
+        name: of the column, for the error.
+    """
+    text = f"nullIf(toString({column}), '')"
+    match kind:
+        case Kind.TEXT:
+            return f"toString({column})"
+        case Kind.JSON:
+            # Constant for ClickHouse, so that one branch alone is computed.
+            is_text = f"toTypeName({column}) IN ('String', {_TEXT_TYPES})"
+            return f"multiIf({is_text}, {text}, isNull({column}), NULL, toJSONString({column}))"
+        case Kind.INTEGER:
+            # By its text, as accurateCast cuts a decimal's fraction off.
+            return _checked(f"accurateCastOrNull({text}, 'Int64')", text, name, "no whole number of 64 bits")
+        case Kind.FLOAT:
+            return _checked(f"CAST({column} AS Nullable(Float64))", text, name, "no number")
+        case Kind.BOOLEAN:
+            return f"CAST({text} AS Nullable(Bool))"
+        case Kind.DATE:
+            return f"CAST({column} AS Nullable(Date32))"
+        case Kind.TIMESTAMP:
+            return f"toDateTime64({column}, 6, 'UTC')"
+        case Kind.TEXT_LIST:
+            return f"CAST({column} AS Array(Nullable(String)))"
+
+
+_TEXT_TYPES = "'Nullable(String)', 'LowCardinality(String)', 'LowCardinality(Nullable(String))'"
+
+
+def _checked(number: str, text: str, name: str, otherwise: str) -> str:
+    """A number; an error where there is none though there is a text."""
+    message = quoted(f"Column {name} holds a value that is {otherwise}")
+    return f"{number} + throwIf(isNull({number}) AND isNotNull({text}), {message})"
+
+
+def check_name(name: str) -> None:
+    """Make sure that a column may be called so.
+
+    Raises:
+        ValueError: it is empty, too long for Postgres, or a name that exports need for themselves.
+    """
+    if not name or "\0" in name or len(name.encode()) > NAME_BYTES:
+        raise ValueError(f"a column's name must be 1 to {NAME_BYTES} bytes long: {name!r} is not")
+    if name in BESIDE:
+        raise ValueError(f"no column may be called {', '.join(BESIDE)}: exports need these names for themselves")
+
+
+class AddedColumn(BaseModel):
+    """A column that the model does not have.
+
+    Attributes:
+        expression: ClickHouse SQL over the model's source, such as `JSONExtractString(properties, 'plan')`.
+        type: its Postgres type: TEXT, VARCHAR(n), CHAR(n), UUID, JSONB, JSON, SMALLINT, INTEGER, BIGINT, DOUBLE PRECISION,
+            BOOLEAN, DATE, TIMESTAMP WITH TIME ZONE, TIMESTAMP or TEXT[].
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    expression: str
+    type: str
+
+    @field_validator("expression")
+    @classmethod
+    def _check_expression(cls, expression: str) -> str:
+        if not expression.strip():
+            raise ValueError("`expression` must be a ClickHouse expression")
+        return expression.strip()
+
+    @field_validator("type")
+    @classmethod
+    def _check_type(cls, type_: str) -> str:
+        return declared_type(type_)[0]
+
+
+ColumnChange = bool | str | AddedColumn
+"""False leaves a column out; True creates an optional one with the table; a text is the column's name in Postgres (an optional
+one is created then, too); an `AddedColumn` adds one."""
+
+
+def with_columns(model: Model, changes: Mapping[str, ColumnChange]) -> Model:
+    """The model with other columns, the added ones last.
+
+    What is left out is neither created nor read. Expressions have the model's own names, whatever a column is renamed to.
+
+    Args:
+        model: the model.
+        changes: by the model's name of a column, or by the name of one to add.
+
+    Raises:
+        ValueError: there is no such column, or the model cannot do without it, or a name is not possible or given twice.
+    """
+    if not changes:
+        return model
+    added = [_added(model, name, change) for name, change in changes.items() if isinstance(change, AddedColumn)]
+    _check_changes(model, changes)
+    kept = [column for column in model.columns if changes.get(column.name) is not False]
+    names = {column.name: _new_name(column, changes) for column in kept}
+    columns = (*(_changed(column, names[column.name], changes) for column in kept), *added)
+    for name, times in Counter(column.name for column in columns).items():
+        check_name(name)
+        if times > 1:
+            raise ValueError(f"two columns would be called `{name}`")
+    read = _reader(added, _unread(model, kept))
+    return replace(
+        model,
+        columns=columns,
+        key=tuple(names[name] for name in model.key if name in names),
+        merge=replace(model.merge, version=tuple(names[name] for name in model.merge.version)) if model.merge else None,
+        timestamps=_renamed(model.timestamps, names),
+        query=read(model.query),
+        query_without_dictionary=model.query_without_dictionary and read(model.query_without_dictionary),
+    )
+
+
+def _check_changes(model: Model, changes: Mapping[str, ColumnChange]) -> None:
+    names = [column.name for column in model.columns]
+    needed = (*model.key, *model.merge.version) if model.merge else model.key[:1]
+    for name, change in changes.items():
+        if not isinstance(change, AddedColumn) and name not in names:
+            raise ValueError(f"{model.name} has no column `{name}`: it has {', '.join(names)}")
+        if change is False and name in needed:
+            raise ValueError(
+                f"`{name}` cannot be left out: by {', '.join(needed)} the rows of {model.name} are told apart"
+            )
+        if isinstance(change, str) and name == "team_id" and change != name:
+            raise ValueError("`team_id` cannot be renamed")
+
+
+def _added(model: Model, name: str, change: AddedColumn) -> Column:
+    if name in {column.name for column in model.columns} | _needed_beside(model):
+        raise ValueError(f"`{name}` is a column of {model.name}: an added one needs another name")
+    type_, kind = declared_type(change.type)
+    return Column(name, kind, type_, expression=change.expression)
+
+
+def _needed_beside(model: Model) -> set[str]:
+    return {name for names in model.needs.values() for name in names}
+
+
+def _new_name(column: Column, changes: Mapping[str, ColumnChange]) -> str:
+    change = changes.get(column.name)
+    return change if isinstance(change, str) else column.name
+
+
+def _changed(column: Column, name: str, changes: Mapping[str, ColumnChange]) -> Column:
+    is_optional = column.optional and column.name not in changes
+    return replace(column, name=name, optional=is_optional, alias=column.name_in_answer)
+
+
+def _renamed(pair: tuple[str, str] | None, names: Mapping[str, str]) -> tuple[str, str] | None:
+    return (names[pair[0]], names[pair[1]]) if pair and names.keys() >= {*pair} else None
+
+
+def _unread(model: Model, kept: Iterable[Column]) -> list[str]:
+    """The names in the model's answer that nobody needs any more."""
+    wanted = {column.name_in_answer for column in kept}
+    needed = wanted.union(*(model.needs.get(name, ()) for name in wanted))
+    answered = {column.name_in_answer for column in model.columns} | _needed_beside(model)
+    return sorted(answered - needed)
+
+
+def _reader(
+    added: Sequence[Column], unread: Sequence[str]
+) -> Callable[[Callable[[Selection], Query]], Callable[[Selection], Query]]:
+    """What makes of a model's query the one with the added columns, and without those that are not read."""
+    return lambda query: lambda selection: _with(query(selection), added).without(unread)
+
+
+def _with(query: Query, added: Sequence[Column]) -> Query:
+    if not added:
+        return query
+    # On lines of their own: an expression may end with a comment.
+    expressions = "".join(f",\n    (\n{column.expression}\n) AS {backquoted(column.name)}" for column in added)
+    values = ",\n".join(
+        f"    {value(column.kind, f'answer.{backquoted(column.name)}', column.name)} AS {backquoted(column.name)}"
+        for column in added
+    )
+    sql = query.sql.strip().replace(MORE_COLUMNS, f"{MORE_COLUMNS}{expressions}", 1)
+    return Query(f"SELECT * REPLACE (\n{values}\n)\nFROM (\n{sql}\n) AS answer", query.parameters)

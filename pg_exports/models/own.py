@@ -1,0 +1,210 @@
+"""A model of the user's own: a ClickHouse query for one interval, with the columns that it gives."""
+
+import re
+from collections.abc import Iterable, Iterator
+from hashlib import md5
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from pg_exports.models.columns import check_name, declared_type, value
+from pg_exports.models.model import (
+    IDENTITY,
+    INTERVAL,
+    MORE_COLUMNS,
+    Column,
+    Kind,
+    Merge,
+    Model,
+    Query,
+    Selection,
+    backquoted,
+)
+
+# What is not looked into for placeholders and semicolons: texts, quoted names, comments.
+_QUOTED_OR_COMMENT = re.compile(
+    r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|`(?:[^`\\]|\\.)*`|\$(\w*)\$.*?\$\1\$|--[^\n]*|#[ !][^\n]*|/\*.*?\*/",
+    re.DOTALL,
+)
+_PLACEHOLDER = re.compile(r"\{\s*(?P<name>[A-Za-z_]\w*)\s*(?::(?P<type>[^{}]*))?\}")
+
+_PLACEHOLDERS = {
+    "interval_start": "{interval_start:DateTime64(6, 'UTC')}",
+    "interval_end": "{interval_end:DateTime64(6, 'UTC')}",
+    "team_id": "{team_id:Int64}",
+}
+"""What a query may have bound, and how it is written for ClickHouse."""
+
+_BOUND_TYPES = {"interval_start": "DateTime", "interval_end": "DateTime", "team_id": "Int"}
+
+_START = f"toUnixTimestamp64Micro({_PLACEHOLDERS['interval_start']})"
+
+
+class OwnModel(BaseModel):
+    """A ClickHouse query as a model.
+
+    Attributes:
+        name: letters, digits and underscores.
+        query: a SELECT that gives the columns for one interval, with `{interval_start}` and `{interval_end}` in it (each
+            a DateTime64(6, 'UTC')), and `{team_id}` where it is needed.
+        columns: the Postgres type of each column that is exported, by name; the types are those of an `AddedColumn`.
+        key: the columns that identify a row. Of an interval's rows with one key one is exported.
+        version: with it rows are merged: that with the greater version replaces the one that is there, and is the one that
+            an interval exports. Compared in order, with NULL lowest. Without it rows are appended.
+        description: what its rows are.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: str
+    query: str
+    columns: dict[str, str]
+    key: list[str]
+    version: list[str] = []
+    description: str = ""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch("[A-Za-z0-9_]+", name):
+            raise ValueError("`name` must be letters, digits and underscores")
+        return name
+
+    @field_validator("query")
+    @classmethod
+    def _check_query(cls, query: str) -> str:
+        bare = _bare(query)
+        if ";" in bare:
+            raise ValueError("`query` must be one statement")
+        found = [(placeholder["name"], placeholder["type"]) for placeholder in _PLACEHOLDER.finditer(bare)]
+        for name, type_ in found:
+            if name not in _PLACEHOLDERS:
+                raise ValueError(f"`query` has a placeholder {{{name}}}, and there are only {_listed(_PLACEHOLDERS)}")
+            if type_ is not None and _BOUND_TYPES[name] not in type_:
+                raise ValueError(f"`query` must have {{{name}}} without a type, or as {_PLACEHOLDERS[name]}")
+        missing = [name for name in ("interval_start", "interval_end") if name not in dict(found)]
+        if missing:
+            raise ValueError(
+                f"`query` must name {_listed(missing)}, between which it selects: an export reads one interval at a time"
+            )
+        return query
+
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        if not columns:
+            raise ValueError("`columns` must have at least one column with its Postgres type")
+        for name in columns:
+            check_name(name)
+        return {name: declared_type(type_)[0] for name, type_ in columns.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.key:
+            raise ValueError("`key` must have at least one column")
+        for attribute, names in (("key", self.key), ("version", self.version)):
+            for name in names:
+                if name not in self.columns:
+                    raise ValueError(f"`{attribute}` has `{name}`, which is not among the `columns`")
+                if declared_type(self.columns[name])[1] in (Kind.JSON, Kind.TEXT_LIST):
+                    raise ValueError(f"`{attribute}` has `{name}`, and {self.columns[name]} cannot be compared")
+        if len({*self.key, *self.version}) < len(self.key) + len(self.version):
+            raise ValueError("a column may be in `key` and `version` once")
+        return self
+
+    def as_model(self) -> Model:
+        """The model. Its query and its fingerprints are for one interval each."""
+        columns = tuple(_columns(self.columns))
+        times = [column.name for column in columns if column.kind is Kind.TIMESTAMP]
+        return Model(
+            name=self.name,
+            description=self.description or f"What the query {self.name} gives for the interval.",
+            columns=columns,
+            key=tuple(self.key),
+            merge=Merge(version=tuple(self.version)) if self.version else None,
+            query=self._query,
+            fingerprints=None if self.version else self._fingerprints,
+            timestamps=(times[0], times[0]) if times else None,
+            one_interval_a_query=True,
+            identity_scheme=self._identity_scheme(),
+        )
+
+    def _identity_scheme(self) -> str:
+        """The hash of a row is made of the key's values as texts, so of their types too."""
+        key = repr([(name, self.columns[name]) for name in self.key])
+        return md5(key.encode(), usedforsecurity=False).hexdigest()[:8]
+
+    def _query(self, selection: Selection) -> Query:
+        latest = ", ".join(f"{backquoted(name)} DESC NULLS LAST" for name in self.version)
+        order = f"ORDER BY {latest}\n" if self.version else ""
+        return _bound(f"{self._rows()}{order}LIMIT 1 BY {_names(self.key)}\n", selection)
+
+    def _fingerprints(self, selection: Selection) -> Query:
+        sql = f"""
+SELECT {INTERVAL}, count() AS rows, groupBitXor({IDENTITY}) AS identity_xor, sumWithOverflow({IDENTITY}) AS identity_sum
+FROM (
+    SELECT DISTINCT {INTERVAL}, {IDENTITY}
+    FROM ({self._rows()})
+)
+GROUP BY {INTERVAL}
+"""
+        return _bound(sql, selection)
+
+    def _rows(self) -> str:
+        """The query's rows, with the columns' own types, `INTERVAL`, and `IDENTITY` where they are appended."""
+        values = ",\n".join(
+            f"        {value(column.kind, f'own.{backquoted(column.name)}', column.name)} AS {backquoted(column.name)}"
+            for column in _columns(self.columns)
+        )
+        # A tuple's text tells NULL from an empty text, which a hash of its values does not in every version.
+        identity = "" if self.version else f"\n    cityHash64(toString(tuple({_names(self.key)}))) AS {IDENTITY},"
+        return f"""
+SELECT
+    *,{identity}
+    {_START} AS {INTERVAL}
+FROM (
+    SELECT
+{values} {MORE_COLUMNS}
+    FROM (
+{_with_types(self.query)}
+    ) AS own
+)
+"""
+
+
+def _columns(types: dict[str, str]) -> Iterator[Column]:
+    for name, type_ in types.items():
+        canonical, kind = declared_type(type_)
+        yield Column(name, kind, canonical)
+
+
+def _names(columns: Iterable[str]) -> str:
+    return ", ".join(map(backquoted, columns))
+
+
+def _bound(sql: str, selection: Selection) -> Query:
+    assert len(selection.starts) < 2, "a query of the user's own reads one interval"
+    return Query(sql, selection.parameters)
+
+
+def _bare(query: str) -> str:
+    """The query to its last word, with all that is quoted or a comment blotted out, each character where it was."""
+
+    def blot(found: re.Match[str]) -> str:
+        return ("x" if found[0][0] in "'\"`$" else " ") * len(found[0])
+
+    return _QUOTED_OR_COMMENT.sub(blot, query).rstrip("; \t\r\n")
+
+
+def _with_types(query: str) -> str:
+    """The query with each placeholder as ClickHouse has it, without semicolon and comment at its end."""
+    written, end = [], 0
+    bare = _bare(query)
+    for found in _PLACEHOLDER.finditer(bare):
+        written += [query[end : found.start()], _PLACEHOLDERS[found["name"]]]
+        end = found.end()
+    return "".join([*written, query[end : len(bare)]])
+
+
+def _listed(names: Iterable[str]) -> str:
+    return " and ".join(f"{{{name}}}" for name in names)
