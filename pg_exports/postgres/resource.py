@@ -90,7 +90,7 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
             PassingError: it does not answer.
         """
         database = database or self.database
-        self._check(database)
+        self.check(database)
         if log and self.verify_server_identity == "no" and self.root_certificate != tls.SYSTEM:
             log.info("`root_certificate` is ignored: `verify_server_identity` is `no`.")
         session = self._open(database)
@@ -128,7 +128,8 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
         ):
             session.execute(_END, lost.process, lost.started, doing="ending a lost transaction")
 
-    def _check(self, database: str) -> None:
+    def check(self, database: str) -> None:
+        """Refuse settings that libpq would misread. Raises SettingsError."""
         if self.read_timeout < 1:
             raise SettingsError("`read_timeout` must be a second or more.")
         # Postgres answers a URL with an error that repeats it, password and all.
