@@ -1,53 +1,40 @@
-"""PostgresExport: one export's settings, and the asset, job and schedule that they become.
+"""PostgresExport: one export's settings, and the asset, jobs, schedule and sensor that they become.
 
 What is exported is `models/`'s business, when is `partitions`'; how rows are read and written is further down.
 """
 
-import functools
-import json
-import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from datetime import UTC, date, datetime
 from typing import Annotated, Any, Literal, Self, cast
+from weakref import WeakKeyDictionary
 
 import dagster as dg
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ModelWrapValidatorHandler,
-    SecretStr,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
+from dagster.components.core.defs_module import ComponentPath
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
-from pg_exports import late_events, reconciliation
+from pg_exports import checks, connection_check, late_events, lineage
+from pg_exports.checks import volume
 from pg_exports.clickhouse import ClickHouseResource
+from pg_exports.component import SettingsComponent, as_written, sentence
+from pg_exports.connection_check import Setup
 from pg_exports.errors import SettingsError
-from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Deduplicate, Interval, IntervalFrames, OnBadRows
-from pg_exports.models import MODELS, Model, Query, Selection
-from pg_exports.models.model import moment
+from pg_exports.models import MODELS, AddedColumn, Model, OwnModel, PropertyFilter, Selection, with_columns
 from pg_exports.partitions import Grid, IntervalLength, intervals, recent, unsettled
 from pg_exports.postgres import PostgresIOManager, PostgresResource
 from pg_exports.postgres import io_manager as io
 from pg_exports.postgres.table import Destination
 from pg_exports.postgres.tls import SYSTEM, VerifyServerIdentity
+from pg_exports.reader import Reader
+from pg_exports.scaffold import ExportScaffolder
+from pg_exports.schedule import freshness, schedule
 
 OWNER = "team:pg_exports"
 
-_VARIABLE = re.compile(r"\{\{\s*env\.(\w+)\s*\}\}")
-
-
-def _as_written(context: dg.ResolutionContext, value: Any) -> Any:
-    """A YAML value with its templates filled in; reading it is the field's own business."""
-    return context.resolve_value(value)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class RunConfig(dg.Config):
@@ -62,14 +49,23 @@ class RunConfig(dg.Config):
 
 
 class InlineConnection(dg.Resolvable, BaseModel):
-    """A Postgres server that one export alone writes to; its fields are those of `PostgresResource`."""
+    """A Postgres server that one export alone writes to.
+
+    Attributes:
+        host: name or address.
+        port: 5432 unless another is given.
+        user: whom to connect as.
+        password: as `{{ env.NAME }}`, never the password itself.
+        verify_server_identity: `no`, `ca` or `ca-and-hostname`; all three encrypt.
+        root_certificate: `system`, a path to a certificate, or PEM text.
+    """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     host: str
     port: int = 5432
     user: str
-    password: Annotated[SecretStr, dg.Resolver(_as_written, model_field_type=str)] = SecretStr("")
+    password: Annotated[SecretStr, dg.Resolver(as_written, model_field_type=str)] = SecretStr("")
     verify_server_identity: VerifyServerIdentity = "ca-and-hostname"
     root_certificate: str = Field(default=SYSTEM, repr=False)
 
@@ -86,22 +82,12 @@ class InlineConnection(dg.Resolvable, BaseModel):
         )
 
 
-class _RefusingWithoutValues(BaseModel):
-    """The attributes of a YAML file. Dagster prints what it refuses, and a password may be among it."""
-
-    @model_validator(mode="wrap")
-    @classmethod
-    def _refuse(cls, written: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        try:
-            return handler(written)
-        except ValidationError as error:
-            # No ValueError: pydantic would put the values beside it.
-            raise SettingsError(
-                f"{_who(written if isinstance(written, Mapping) else {})}: {_sentence(error)}"
-            ) from None
+# Where the exports of a project are, by their names. A load of the project keeps its state in one object.
+_PLACES: WeakKeyDictionary[object, dict[str, ComponentPath]] = WeakKeyDictionary()
 
 
-class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
+@dg.scaffold_with(ExportScaffolder)
+class PostgresExport(SettingsComponent):
     """One model sent to one Postgres table on one interval.
 
     In YAML:
@@ -117,13 +103,19 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     Its asset needs the resources `clickhouse` and `<connection>_io_manager`.
     """
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, hide_input_in_errors=True)
-
-    exported_model: Literal["events", "persons", "sessions"] = Field(
-        alias="model", description="What to export: events, persons or sessions."
+    exported_model: Annotated[
+        Literal["events", "persons", "sessions"] | OwnModel,
+        dg.Resolver(
+            as_written,
+            model_field_type=str | dict,
+            description="What to export: events, persons or sessions; or a model of your own, with name, query, columns, key "
+            "and version.",
+        ),
+    ] = Field(alias="model")
+    team_id: int | None = Field(
+        default=None, description="ClickHouse team whose rows are exported; required but for a model of your own."
     )
-    team_id: int = Field(description="ClickHouse team whose rows are exported.")
-    start: Annotated[str | date | datetime, dg.Resolver(_as_written, model_field_type=str | float)] = Field(
+    start: Annotated[str | date | datetime, dg.Resolver(as_written, model_field_type=str | float)] = Field(
         description="Beginning of the first interval: an ISO date (the period that begins on that date, at offset_hour) "
         "or datetime (read in timezone, or converted to it when it carries an offset)."
     )
@@ -139,8 +131,30 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     )
     offset_hour: int = Field(default=0, description="Hour at which a day or week begins.")
     offset_day: int = Field(default=0, description="Day on which a week begins, 0 = Sunday.")
-    include_events: list[str] = Field(default=[], description="Events to export, by name; empty = all.")
-    exclude_events: list[str] = Field(default=[], description="Events to leave out, by name.")
+    include_events: Annotated[list[str], dg.Resolver(as_written, model_field_type=list[str])] = Field(
+        default=[], description="Events to export, by name; empty = all."
+    )
+    exclude_events: Annotated[list[str], dg.Resolver(as_written, model_field_type=list[str])] = Field(
+        default=[], description="Events to leave out, by name."
+    )
+    filters: Annotated[
+        list[PropertyFilter],
+        dg.Resolver(
+            as_written,
+            model_field_type=list[dict] | str,
+            description="Conditions on properties of the event or the person, all of which must hold: key, operator, value "
+            "and type each. For events and persons.",
+        ),
+    ] = Field(default=[])
+    columns: Annotated[
+        dict[str, bool | str | AddedColumn],
+        dg.Resolver(
+            as_written,
+            model_field_type=dict | str,
+            description="Changes of the model's columns, by name: false leaves one out, true creates an optional one with the "
+            "table, a text renames it, and an expression with a type adds one.",
+        ),
+    ] = Field(default={})
     database: str | None = Field(
         default=None,
         description="Destination database; the connection's by default, required with an inline connection.",
@@ -150,7 +164,7 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     connection: Annotated[
         str | InlineConnection,
         dg.Resolver(
-            _as_written,
+            as_written,
             model_field_type=str | dict,
             description="Resource key of a connection, or host, port, user, password, verify_server_identity and "
             "root_certificate of one that only this export uses.",
@@ -169,33 +183,28 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     paused: bool = Field(default=False, description="The schedule starts stopped.")
 
     @classmethod
-    def resolve_from_model(cls, context: dg.ResolutionContext, model: BaseModel) -> "PostgresExport":
-        """The export that a YAML file describes.
+    def load(cls, attributes: BaseModel | None, context: dg.ComponentLoadContext) -> Self:
+        """The export that a YAML file of a project describes.
 
         Raises:
-            SettingsError: an attribute is missing or wrong, or an environment variable is not set; with the export's
-                name. No value is shown, as it may be a secret.
+            SettingsError: as of `resolve_from_model`, or another file of the project describes an export of this name.
         """
-        written = model.model_dump(by_alias=True, exclude_unset=True)
-        who = _who(written)
-        missing = sorted(set(_VARIABLE.findall(json.dumps(written, default=str))) - set(os.environ))
-        if missing:
+        export = super().load(attributes, context)
+        place = context.component_path
+        other = _PLACES.setdefault(context.component_tree.state_tracker, {}).setdefault(export.key, place)
+        if other != place:
+            files = " and ".join(str(path.file_path.relative_to(context.project_root)) for path in (other, place))
             raise SettingsError(
-                f"{who}: the environment variable {', '.join(missing)} is not set. Set it where Dagster runs (or in the "
-                ".env file of the project), or write the value into the export's YAML."
+                f"Two exports are called {export.key}, in {files}: give one of them a `name` of its own."
             )
-        try:
-            return cast("PostgresExport", super().resolve_from_model(context, model))
-        except ValidationError as error:
-            raise SettingsError(f"{who}: {_sentence(error)}") from None
-        except SettingsError as error:
-            raise SettingsError(f"{who}: {error}") from None
+        return export
 
     @classmethod
-    @functools.cache
-    def get_model_cls(cls) -> type[BaseModel]:
-        """The attributes as a YAML file has them."""
-        return create_model("PostgresExportModel", __base__=(_RefusingWithoutValues, cls.model()))
+    def who(cls, written: Mapping[str, Any]) -> str:
+        """See `SettingsComponent`."""
+        model = written.get("model")
+        name = written.get("name") or (model.get("name") if isinstance(model, Mapping) else model)
+        return f"Export {name}" if name else "An export"
 
     @field_validator("start", mode="before")
     @classmethod
@@ -208,18 +217,38 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
     @field_validator("connection", mode="before")
     @classmethod
     def _read_inline_connection(cls, value: Any) -> Any:
+        return _read(InlineConnection, value)
+
+    @field_validator("exported_model", mode="before")
+    @classmethod
+    def _read_own_model(cls, value: Any) -> Any:
+        return _read(OwnModel, value)
+
+    @field_validator("filters", mode="before")
+    @classmethod
+    def _read_filters(cls, value: Any) -> Any:
+        if not isinstance(value, (list, tuple)):
+            return value
+        return [_read(PropertyFilter, each, f"number {number}: ") for number, each in enumerate(value, start=1)]
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _read_columns(cls, value: Any) -> Any:
         if not isinstance(value, Mapping):
             return value
-        try:
-            return InlineConnection(**value)
-        except ValidationError as error:
-            # As text: a nested pydantic error would print the password beside the field at fault.
-            raise ValueError(_sentence(error)) from None
+        for name, change in value.items():
+            if not isinstance(change, (bool, str, Mapping, AddedColumn)):
+                raise ValueError(f"{name}: must be false, true, a name, or an expression with its type")
+        return {name: _read(AddedColumn, change, f"{name}: ") for name, change in value.items()}
 
     @model_validator(mode="after")
     def _check(self) -> "PostgresExport":
         # Bounds stand here and not in the fields: there they would meet the templates of a YAML file.
-        if not 0 < self.team_id < 2**63:
+        if isinstance(self.exported_model, OwnModel) and self.exported_model.name in MODELS:
+            raise ValueError(f"`model`: `name` must be another one than {', '.join(MODELS)}")
+        if self.team_id is None and isinstance(self.exported_model, str):
+            raise ValueError("`team_id`: Field required")
+        if self.team_id is not None and not 0 < self.team_id < 2**63:
             raise ValueError("`team_id` must be a team's number, 1 or greater")
         if not re.fullmatch("[A-Za-z0-9_]+", self.key):
             raise ValueError("`name` must be letters, digits and underscores")
@@ -233,16 +262,36 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             raise ValueError("`offset_hour` is for `interval: day` and `interval: week`")
         if self.exported_model != "events" and (self.include_events or self.exclude_events):
             raise ValueError("`include_events` and `exclude_events` are for `model: events`")
-        if self.exported_model != "events" and self.deduplicate != "interval":
+        try:
+            model = self.model_with_columns
+        except ValueError as error:
+            raise ValueError(f"`columns`: {error}") from None
+        model.check_filters(self.filters)
+        if model.merge and self.deduplicate != "interval":
             raise ValueError("`deduplicate: table` is for `model: events`; persons and sessions are merged")
         if isinstance(self.connection, InlineConnection) and self.database is None:
             raise ValueError("`database` is required with an inline `connection`")
         return self
 
     @property
+    def model_name(self) -> str:
+        """The model's name."""
+        return self.exported_model if isinstance(self.exported_model, str) else self.exported_model.name
+
+    @property
+    def model_with_columns(self) -> Model:
+        """The model with the export's changes of its columns.
+
+        Raises:
+            ValueError: a change that the model cannot have.
+        """
+        own = self.exported_model
+        return with_columns(MODELS[own] if isinstance(own, str) else own.as_model(), self.columns)
+
+    @property
     def key(self) -> str:
         """The asset's key."""
-        return self.exported_model if self.name is None else self.name
+        return self.model_name if self.name is None else self.name
 
     @property
     def destination(self) -> Destination:
@@ -251,11 +300,12 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
         Raises:
             SettingsError: a name is empty or too long for Postgres.
         """
-        table = self.exported_model if self.table is None else self.table
+        table = self.model_name if self.table is None else self.table
         return Destination(self.database, self.destination_schema, table)
 
     def build_defs(self, context: dg.ComponentLoadContext | None) -> dg.Definitions:
-        """The export's asset, job and schedule, and for events the sensor that finds late ones.
+        """The export's asset with its checks, its job and schedule, the job that checks its set-up, and for appended models
+        the sensor that finds late rows.
 
         The context is not used: None will do.
 
@@ -263,17 +313,23 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             SettingsError: the settings contradict each other; with the export's name.
         """
         try:
-            asset = self._asset()
+            partitions = self._grid().partitions(self.start)
+            asset = self._asset(partitions)
+            check = connection_check.job(
+                Setup(self.key, self.model_with_columns, self._selection, self.destination),
+                f"{self.connection}_io_manager"
+                if isinstance(self.connection, str)
+                else self.connection.resource(self.database or ""),
+            )
         except SettingsError as error:
             raise SettingsError(f"Export {self.key}: {error}") from None
         job = dg.define_asset_job(f"{self.key}_job", selection=[asset], description=f"Exports {self.key}.")
-        model = MODELS[self.exported_model]
-        sensors = [self._late_events_sensor(model, asset, job)] if model.fingerprints else []
-        return dg.Definitions(assets=[asset], jobs=[job], schedules=[self._schedule(asset, job)], sensors=sensors)
+        when = schedule(self.key, job, self._grid(), partitions, self.start, paused=self.paused)
+        sensors = [self._late_events_sensor(partitions, job)] if self.model_with_columns.fingerprints else []
+        return dg.Definitions(assets=[asset], jobs=[job, check], schedules=[when], sensors=sensors)
 
-    def _asset(self) -> dg.AssetsDefinition:
-        model = MODELS[self.exported_model]
-        partitions = self._grid().partitions(self.start)
+    def _asset(self, partitions: dg.TimeWindowPartitionsDefinition) -> dg.AssetsDefinition:
+        model = self.model_with_columns
 
         def export(context: dg.AssetExecutionContext, config: RunConfig, clickhouse: ClickHouseResource) -> Any:
             if not (context.has_partition_key or context.has_partition_key_range):
@@ -287,121 +343,62 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             if wait > 0:
                 context.log.info(f"Waiting {wait:.0f} s: {asked[-1]} ended less than a minute ago.")
                 time.sleep(wait)
-            frames = self._frames(context, clickhouse, model, asked, replay=config.replay)
+            frames = IntervalFrames(
+                export=self.key,
+                model=model,
+                team_id=self.team_id or 0,
+                intervals=asked,
+                source=self.source(clickhouse, {"run_id": context.run_id}, context.log),
+                on_bad_rows=self.on_bad_rows,
+                deduplicate=self.deduplicate,
+                history=volume.history(asked[0]),
+                replay=config.replay,
+            )
             yield dg.Output(frames)
-            yield reconciliation.result(frames.written)
+            yield from checks.results(frames, partitions)
 
         with warnings.catch_warnings():
             # Dagster calls backfill policies and an asset's own IO manager beta; a user can do nothing about it.
             warnings.simplefilter("ignore", dg.BetaWarning)
             asset: dg.AssetsDefinition = dg.asset(
                 name=self.key,
-                description=f"{model.description} Team {self.team_id}, into {self.destination.qualified}.",
+                description=self._description(model),
                 group_name="pg_exports",
                 kinds={"clickhouse", "polars", "postgres"},
                 owners=[OWNER],
+                deps=[lineage.source(table) for table in model.source_tables],
                 partitions_def=partitions,
                 backfill_policy=dg.BackfillPolicy.single_run(),
+                freshness_policy=None if self.paused else freshness(self.interval),
                 pool=self._connection_key(),
-                check_specs=[reconciliation.spec(self.key)],
+                check_specs=checks.specs(self.key),
                 metadata=self._metadata(model),
                 **self._io_manager(),
             )(export)
         return asset
 
-    def _frames(
-        self,
-        context: dg.AssetExecutionContext,
-        clickhouse: ClickHouseResource,
-        model: Model,
-        asked: tuple[Interval, ...],
-        *,
-        replay: bool,
-    ) -> IntervalFrames:
-        def comment(some: Sequence[Interval] = ()) -> str:
-            keys = dict.fromkeys(interval.partition_key for interval in (*some[:1], *some[-1:]))
-            named = {"partition": "...".join(keys)} if keys else {}
-            return json.dumps({"run_id": context.run_id, "export": self.key, **named})
+    def _description(self, model: Model) -> str:
+        team = f" Team {self.team_id}," if self.team_id else ""
+        return f"{model.description}{team} into {self.destination.qualified}."
 
-        # Asked for when the first interval is read: a failure is the IO manager's then, who knows what is written already.
-        @functools.cache
-        def query_of() -> Callable[[Selection], Query]:
-            needed, without = model.dictionary, model.query_without_dictionary
-            if not (needed and without) or clickhouse.has_dictionary(needed, log_comment=comment()):
-                return model.query
-            context.log.warning(
-                f"The dictionary {needed} is not in ClickHouse's database {clickhouse.database}, or not to be seen by this "
-                "user: the columns that need it are NULL."
-            )
-            return without
+    def source(self, clickhouse: ClickHouseResource, about: dict[str, str], log: Any) -> Reader:
+        """Where the rows are; `about` is what each query carries as a comment, beside the export's name."""
+        return Reader(clickhouse, self.model_with_columns, self._selection, {**about, "export": self.key}, log)
 
-        def read(some: Sequence[Interval], columns: Collection[str]) -> AbstractContextManager[Any]:
-            query = query_of()(self._selection(some))
-            return clickhouse.frames(query, model, columns=columns, log_comment=comment(some))
-
-        def fingerprints(some: Sequence[Interval]) -> list[Fingerprint]:
-            found = self._fingerprints(clickhouse, model, some, comment(some))
-            return [found.get(interval.start, Fingerprint()) for interval in some]
-
-        return IntervalFrames(
-            export=self.key,
-            model=model,
-            team_id=self.team_id,
-            intervals=asked,
-            read=read,
-            fingerprints=fingerprints if model.fingerprints else None,
-            sql=lambda interval: query_of()(self._selection([interval])).for_console(),
-            on_bad_rows=self.on_bad_rows,
-            deduplicate=self.deduplicate,
-            replay=replay,
-        )
-
-    def _fingerprints(
-        self, clickhouse: ClickHouseResource, model: Model, span: Sequence[Interval], log_comment: str
-    ) -> dict[datetime, Fingerprint]:
-        """The fingerprints of intervals that follow each other, by their starts; of those that have rows."""
-        assert model.fingerprints
-        return {
-            moment(start): Fingerprint(rows, xor, total)
-            for start, rows, xor, total in clickhouse.rows(
-                model.fingerprints(self._selection(span)), log_comment=log_comment
-            )
-        }
-
-    def _selection(self, span: Sequence[Interval]) -> Selection:
-        """The rows of intervals that follow each other."""
+    @property
+    def _selection(self) -> Selection:
+        """Which rows are exported, of whatever interval."""
         return Selection(
-            self.team_id,
-            span[0].start,
-            span[-1].end,
-            tuple(self.include_events),
-            tuple(self.exclude_events),
-            tuple(interval.start for interval in span),
+            team_id=self.team_id or 0,
+            start=EPOCH,
+            end=EPOCH,
+            include_events=tuple(self.include_events),
+            exclude_events=tuple(self.exclude_events),
+            filters=tuple(self.filters),
         )
 
-    def _schedule(self, asset: dg.AssetsDefinition, job: Any) -> dg.ScheduleDefinition:
-        partitions = asset.partitions_def
-        assert partitions is not None
-
-        @dg.schedule(
-            name=f"{self.key}_schedule",
-            job=job,
-            cron_schedule=self._grid().schedule,
-            execution_timezone=self.timezone,
-            default_status=dg.DefaultScheduleStatus.STOPPED if self.paused else dg.DefaultScheduleStatus.RUNNING,
-            description=f"Exports {self.key} one minute after each interval's end.",
-        )
-        def newest_interval(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-            with dg.partition_loading_context(effective_dt=context.scheduled_execution_time):
-                key = partitions.get_last_partition_key()
-            if key is None:
-                return dg.SkipReason(f"No interval is over yet: the first one begins at `start` {self.start}.")
-            return dg.RunRequest(partition_key=key)
-
-        return newest_interval
-
-    def _late_events_sensor(self, model: Model, asset: dg.AssetsDefinition, job: Any) -> dg.SensorDefinition:
-        partitions = cast("dg.TimeWindowPartitionsDefinition", asset.partitions_def)
+    def _late_events_sensor(self, partitions: dg.TimeWindowPartitionsDefinition, job: Any) -> dg.SensorDefinition:
+        model = self.model_with_columns
         io_manager = self._io_manager().get("io_manager_key")
 
         @dg.sensor(
@@ -410,27 +407,30 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
             minimum_interval_seconds=late_events.SECONDS_BETWEEN[self.interval],
             default_status=dg.DefaultSensorStatus.STOPPED if self.paused else dg.DefaultSensorStatus.RUNNING,
             required_resource_keys={"clickhouse", *([io_manager] if io_manager else [])},
-            description=f"Exports the intervals of {self.key} again that gained events after they had run.",
+            description=f"Exports the intervals of {self.key} again that gained rows after they had run.",
         )
         def find_late_events(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
             now = datetime.now(UTC)
             latest = recent(partitions, late_events.INTERVALS, now)
             if not latest:
                 return dg.SkipReason("No interval is over yet.")
-            postgres = (
-                getattr(context.resources, io_manager).postgres
-                if io_manager
-                else cast("InlineConnection", self.connection).resource(self.database or "")
-            )
             span = Interval("", latest[0].start, latest[-1].end)
-            exported = late_events.exported(postgres, self.destination, model, self.key, self.team_id, span)
+            postgres = self._postgres(context.resources)
+            exported = late_events.exported(postgres, self.destination, model, self.key, self.team_id or 0, span)
             if not exported:
                 return late_events.requests(self.key, latest, exported, {}, now)
-            comment = json.dumps({"sensor": context.sensor_name, "export": self.key})
-            at_source = self._fingerprints(context.resources.clickhouse, model, latest, comment)
+            source = self.source(context.resources.clickhouse, {"sensor": context.sensor_name}, context.log)
+            fingerprints = zip(latest, source.fingerprints(latest), strict=True)
+            at_source = {interval.start: fingerprint for interval, fingerprint in fingerprints}
             return late_events.requests(self.key, latest, exported, at_source, now)
 
         return find_late_events
+
+    def _postgres(self, resources: Any) -> PostgresResource:
+        """The connection, among the resources that a job or sensor of the export has."""
+        if isinstance(self.connection, str):
+            return cast("PostgresResource", getattr(resources, f"{self.connection}_io_manager").postgres)
+        return self.connection.resource(self.database or "")
 
     def _grid(self) -> Grid:
         return Grid(self.interval, self.timezone, self.offset_hour, self.offset_day)
@@ -446,36 +446,28 @@ class PostgresExport(dg.Component, dg.Model, dg.Resolvable):
 
     def _metadata(self, model: Model) -> dict[str, Any]:
         destination = self.destination
-        names = (destination.database, destination.schema, destination.table)
-        columns = [
-            dg.TableColumn(column.name, type=column.postgres_type) for column in model.columns if not column.optional
-        ]
+        created = [column for column in model.columns if not column.optional]
+        columns = [dg.TableColumn(column.name, type=column.postgres_type) for column in created]
+        inserted_at = next((column.name for column in model.columns if column.name_in_answer == "inserted_at"), None)
         return {
-            "dagster/table_name": ".".join(name for name in names if name),
+            "dagster/table_name": destination.dotted,
             "dagster/column_schema": dg.TableSchema(columns=columns),
+            "dagster/column_lineage": lineage.columns(created),
             io.MODEL: model.name,
-            io.TEAM_ID: self.team_id,
             io.SCHEMA: destination.schema,
             io.TABLE: destination.table,
             **({io.DATABASE: destination.database} if destination.database else {}),
+            **({io.TEAM_ID: self.team_id} if self.team_id else {}),
+            **({io.INSERTED_AT: inserted_at} if self.exported_model == "events" and inserted_at else {}),
         }
 
 
-def _who(written: Mapping[str, Any]) -> str:
-    name = written.get("name") or written.get("model")
-    return f"Export {name}" if name else "An export"
-
-
-def _sentence(error: ValidationError) -> str:
-    """A pydantic error in one line, without the values, which may be secrets. Of an attribute's problems the first."""
-    problems: dict[str, str] = {}
-    for problem in error.errors(include_url=False, include_input=False, include_context=False):
-        # What follows an attribute's name may be a type of pydantic's own, one for each that was tried.
-        attribute = f"`{problem['loc'][0]}`: " if problem["loc"] else ""
-        problems.setdefault(attribute, _said(problem["msg"]))
-    return "; ".join(f"{attribute}{message}" for attribute, message in problems.items())
-
-
-def _said(message: str) -> str:
-    """A message without what pydantic puts before a validator's own words, and in a user's words."""
-    return message.removeprefix("Value error, ").replace("Extra inputs are not permitted", "there is no such attribute")
+def _read(kind: type[BaseModel], value: Any, where: str = "") -> Any:
+    """A mapping as one of these; anything else is left to the field's own type."""
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return kind(**value)
+    except ValidationError as error:
+        # As text: a nested pydantic error would print the values beside the field at fault, and a password may be one.
+        raise ValueError(f"{where}{sentence(error)}") from None

@@ -11,11 +11,16 @@ class Fingerprint:
     """The number of rows, and the XOR and the sum (modulo 2^64) of the hashes that identify them.
 
     Equal for the same rows in whatever order, and it can be taken of parts and added.
+
+    Attributes:
+        rows, xor, sum: of the rows.
+        scheme: what the hashes are made of, where that may change: `Model.identity_scheme`.
     """
 
     rows: int = 0
     xor: int = 0
     sum: int = 0
+    scheme: str = ""
 
     @classmethod
     def of(cls, identities: pl.Series) -> "Fingerprint":
@@ -26,8 +31,10 @@ class Fingerprint:
         return cls(len(identities), cast("int", xor), cast("int", total))
 
     def __add__(self, other: "Fingerprint") -> "Fingerprint":
-        return Fingerprint(self.rows + other.rows, self.xor ^ other.xor, (self.sum + other.sum) % 2**64)
+        total = (self.sum + other.sum) % 2**64
+        return Fingerprint(self.rows + other.rows, self.xor ^ other.xor, total, self.scheme or other.scheme)
 
     def __str__(self) -> str:
         """As the ledger keeps it."""
-        return f"{self.rows}:{self.xor:016x}:{self.sum:016x}"
+        numbers = f"{self.rows}:{self.xor:016x}:{self.sum:016x}"
+        return f"{numbers}:{self.scheme}" if self.scheme else numbers

@@ -1,10 +1,11 @@
 """Intervals, what an export's asset hands to its IO manager, and what became of an interval's rows."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import astuple, dataclass, field
-from datetime import datetime
-from typing import Literal
+from datetime import datetime, timedelta
+from typing import Literal, Protocol
 
 import polars as pl
 
@@ -71,34 +72,109 @@ class Counts:
         return f"{said}, {self.missing} missing" if self.missing else said
 
 
+@dataclass
+class Seconds:
+    """Where a transaction's time went: waiting for the source, making rows ready, COPY, and the merge. The first three
+    overlap.
+    """
+
+    source: float = 0
+    transform: float = 0
+    copy: float = 0
+    merge: float = 0
+
+
+class Source(Protocol):
+    """Where an export's rows come from. All intervals that are asked for together follow each other."""
+
+    def read(
+        self, intervals: Sequence[Interval], columns: Collection[str]
+    ) -> AbstractContextManager[Iterator[pl.DataFrame]]:
+        """Frames with the model's columns, of the optional ones those that are asked for, and `INTERVAL`. Nothing is read
+        before the block is entered; it raises where the intervals cannot be read to their end.
+        """
+        ...
+
+    def fingerprints(self, intervals: Sequence[Interval]) -> list[Fingerprint]:
+        """What each interval is at the source now; of models with fingerprints."""
+        ...
+
+    def count(self, intervals: Sequence[Interval]) -> int:
+        """How many rows `read` would give."""
+        ...
+
+    def sql(self, interval: Interval) -> str:
+        """The query of an interval, to be pasted into a console."""
+        ...
+
+    def query_ids(self, interval: Interval) -> list[str]:
+        """The queries that were sent for an interval so far, as ClickHouse's query log has them."""
+        ...
+
+
+SAMPLE = 10
+"""How many rows, intervals or reasons are shown of those that a check finds."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One of the rows that were rejected or repaired: when it counts, its key as JSON, the column at fault, and why."""
+
+    interval: Interval
+    key: str
+    column: str | None
+    reason: str
+
+
+@dataclass
+class Findings:
+    """What a run has learned of its intervals and its table; its checks tell it.
+
+    Attributes:
+        written: what became of each interval.
+        rejected: some of the rows that were set aside.
+        repaired: by column, how many of its values were repaired.
+        lacking: columns that the model could fill and the table lacks, each with the statement that adds it.
+        lacking_optional: the same of columns that a user may add, and an export does not create.
+        history: rows at the source of the export's intervals that are in the ledger, by their bounds, of the time before
+            the run's intervals and of these.
+        gaps: bounds of the time between the export's first and its last interval of which the ledger has none.
+    """
+
+    written: dict[Interval, Counts] = field(default_factory=dict)
+    rejected: list[Example] = field(default_factory=list)
+    repaired: Counter[str] = field(default_factory=Counter)
+    lacking: dict[str, str] = field(default_factory=dict)
+    lacking_optional: dict[str, str] = field(default_factory=dict)
+    history: dict[tuple[datetime, datetime], int] = field(default_factory=dict)
+    gaps: list[tuple[datetime, datetime]] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class IntervalFrames:
-    """What an export's asset returns: its intervals, oldest first, and how to read some of them that follow each other.
+    """What an export's asset returns: its intervals, oldest first, and where their rows are.
 
-    It is no generator (Dagster would iterate it as events), and nothing is read before `read` is entered.
+    It is no generator (Dagster would iterate it as events).
 
     Attributes:
         export: the export's name.
-        model, team_id: what is exported.
+        model, team_id: what is exported; 0 for a model without teams.
         intervals: oldest first.
-        read: gives frames with the model's columns, of the optional ones those that are asked for, and `INTERVAL`; it
-            raises where the intervals cannot be read to their end.
-        fingerprints: gives those of intervals at the source now; None for a model whose rows are merged.
-        sql: the query of an interval, to be pasted into a console.
+        source: reads some of the intervals.
         on_bad_rows: what becomes of rows that Postgres cannot hold.
         deduplicate: whether an appended row may land once in each interval or once in the whole table.
+        history: how long before the first interval the ledger is read, for what is usual.
         replay: to ask the table itself which rows it lacks, instead of what earlier runs recorded.
-        written: what became of each interval; the IO manager adds them.
+        findings: what the IO manager finds on the way.
     """
 
     export: str
     model: Model
     team_id: int
     intervals: tuple[Interval, ...]
-    read: Callable[[Sequence[Interval], Collection[str]], AbstractContextManager[Iterator[pl.DataFrame]]]
-    fingerprints: Callable[[Sequence[Interval]], list[Fingerprint]] | None
-    sql: Callable[[Interval], str]
+    source: Source
     on_bad_rows: OnBadRows
     deduplicate: Deduplicate
+    history: timedelta = timedelta(0)
     replay: bool = False
-    written: dict[Interval, Counts] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)

@@ -19,6 +19,7 @@ from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox, postgres_server, sample_data, servers, source_tables
 from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.servers import DATABASE, ROLE, SOURCE_DATABASE
+from pg_exports_tests.yaml_exports import load  # noqa: F401 - a fixture
 
 SAMPLE_HOURS = 30
 SAMPLE_EVENTS = 3_000
@@ -183,14 +184,19 @@ class Run:
         return [str(event.partition) for event in self.events if event.is_step_materialization]
 
     @property
-    def reconciliation(self) -> dg.AssetCheckEvaluation:
-        """What the export's own check said."""
-        [evaluation] = [
+    def checks(self) -> dict[str, dg.AssetCheckEvaluation]:
+        """What the export's own checks said, by name."""
+        evaluations = [
             event.asset_check_evaluation_data
             for event in self.events
             if event.event_type is dg.DagsterEventType.ASSET_CHECK_EVALUATION
         ]
-        return evaluation
+        return {evaluation.check_name: evaluation for evaluation in evaluations}
+
+    @property
+    def reconciliation(self) -> dg.AssetCheckEvaluation:
+        """What the one check said that blocks."""
+        return self.checks["reconciliation"]
 
     @property
     def counts(self) -> tuple[int, int, int]:

@@ -1,12 +1,9 @@
 """An export as a user writes it, in YAML and in Python: what it becomes, and how it is refused."""
 
-import json
 import os
 import subprocess
 import sys
-import textwrap
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
@@ -14,7 +11,6 @@ from typing import Any
 
 import dagster as dg
 import pytest
-from dagster._utils.error import serializable_error_info_from_exc_info
 from pydantic import ValidationError
 
 from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource
@@ -25,72 +21,15 @@ from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, materialise, partition_key
+from pg_exports_tests.yaml_exports import REQUIRED, Load, assets, project, refusal, said, yaml
 
 HOUR = timedelta(hours=1)
-REQUIRED: dict[str, Any] = {"model": "events", "team_id": 7, "start": "2026-11-20"}
 SECRET = "s3cret-p'ss\"word\\"
 INLINE = {"host": "db.example", "user": "writer", "password": SECRET}
 
 
 def python(**changes: Any) -> PostgresExport:
     return PostgresExport(**(REQUIRED | changes))
-
-
-Load = Callable[..., dg.Definitions]
-
-
-@pytest.fixture
-def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    """`load(yaml, ...)`: the definitions of a project with these files, each the attributes of one export."""
-
-    def definitions(*exports: str) -> dg.Definitions:
-        return dg.load_from_defs_folder(path_within_project=project(tmp_path, *exports))
-
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return definitions
-
-
-def project(folder: Path, *exports: str) -> Path:
-    """Write a Dagster project with a `defs.yaml` an export; gives its package."""
-    package = folder / f"project_{uuid.uuid4().hex}"
-    (folder / "pyproject.toml").write_text(
-        f'[tool.dg]\ndirectory_type = "project"\n[tool.dg.project]\nroot_module = "{package.name}"\n'
-    )
-    for number, attributes in enumerate(exports):
-        defs = package / "defs" / f"export_{number}"
-        defs.mkdir(parents=True)
-        body = textwrap.indent(textwrap.dedent(attributes).strip(), "  ")
-        (defs / "defs.yaml").write_text(f"type: pg_exports.PostgresExport\n\nattributes:\n{body}\n")
-    for module in (package, package / "defs"):
-        (module / "__init__.py").touch()
-    (package / "definitions.py").write_text(
-        "from pathlib import Path\n\nimport dagster as dg\n\n\n@dg.definitions\ndef defs():\n"
-        "    return dg.load_from_defs_folder(path_within_project=Path(__file__).parent)\n"
-    )
-    return package
-
-
-def yaml(**changes: Any) -> str:
-    """An export's attributes as YAML (which JSON is)."""
-    return "\n".join(f"{name}: {json.dumps(value)}" for name, value in (REQUIRED | changes).items())
-
-
-def refusal(load: Load, *exports: str) -> str:
-    """The whole text that the UI and `dg check defs` show for a project that does not load."""
-    with pytest.raises(Exception, match=r".") as caught:
-        load(*exports)
-    info = (caught.type, caught.value, caught.tb)
-    return serializable_error_info_from_exc_info(info).to_string()
-
-
-def said(text: str) -> str:
-    """The last message of a chain of errors, without the stack traces."""
-    return text.rsplit("pg_exports.errors.SettingsError: ", 1)[1].split("\n\nStack Trace:")[0].strip()
-
-
-def assets(definitions: dg.Definitions) -> dict[str, dg.AssetSpec]:
-    found = [asset for asset in definitions.assets or [] if isinstance(asset, dg.AssetsDefinition)]
-    return {spec.key.to_user_string(): spec for asset in found for spec in asset.specs}
 
 
 def asset(export: PostgresExport) -> dg.AssetsDefinition:
@@ -121,7 +60,7 @@ def test_an_export_of_three_attributes_has_the_defaults() -> None:
     assert asset(export).op.pool == "postgres"
     assert asset(export).required_resource_keys >= {"clickhouse", "postgres_io_manager"}
     definitions = export.build_defs(None)
-    assert [job.name for job in definitions.jobs or []] == ["events_job"]
+    assert [job.name for job in definitions.jobs or []] == ["events_job", "events_check"]
     assert [schedule.name for schedule in definitions.schedules or []] == ["events_schedule"]
 
 
@@ -184,7 +123,9 @@ def test_two_exports_of_a_model_stand_side_by_side(load: Load) -> None:
     definitions = load(yaml(), yaml(name="events_daily", table="daily", interval="day"), yaml(model="persons"))
     names = {"events", "events_daily", "persons"}
     assert set(assets(definitions)) == names
-    assert {job.name for job in definitions.jobs or []} == {f"{name}_job" for name in names}
+    assert {job.name for job in definitions.jobs or []} == {
+        f"{name}_{what}" for name in names for what in ("job", "check")
+    }
     assert assets(definitions)["events_daily"].metadata["dagster/table_name"] == "public.daily"
     merged = dg.Definitions.merge(definitions, dg.Definitions(resources=resources()))
     dg.Definitions.validate_loadable(merged)
@@ -211,6 +152,7 @@ def test_a_connection_that_is_not_there_is_named() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"modell": "events"}, "`modell`: there is no such attribute"),
+    ({"columns": {"plan": 5}}, "plan: must be false, true, a name, or an expression"),
     ({"model": "groups"}, "`model`: Input should be 'events', 'persons' or 'sessions'"),
     ({"on_bad_rows": "ignore"}, "`on_bad_rows`: Input should be 'repair', 'reject' or 'fail'"),
     ({"deduplicate": True}, "`deduplicate`: Input should be 'interval' or 'table'"),

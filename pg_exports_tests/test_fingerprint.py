@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from logging import getLogger
 
 import polars as pl
 
@@ -9,7 +10,6 @@ from pg_exports import PostgresExport
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Interval
 from pg_exports.models import IDENTITY
-from pg_exports.models.events import EVENTS
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 from pg_exports_tests.source_rows import HOUR, MICROSECOND, event, export_of
 
@@ -24,8 +24,7 @@ def taken_by_clickhouse(source: Source, export: PostgresExport, starts: Sequence
     """The fingerprint of each interval, all of them in one query."""
     ends = [*starts[1:], end]
     span = [Interval("", start, stop) for start, stop in zip(starts, ends, strict=True)]
-    found = export._fingerprints(source.resource(), EVENTS, span, "tests")
-    return [str(found.get(start, Fingerprint())) for start in starts]
+    return list(map(str, export.source(source.resource(), {}, getLogger()).fingerprints(span)))
 
 
 def taken_by_runs(target: Target, export: str = "events") -> list[str]:

@@ -24,6 +24,7 @@ from pg_exports.postgres import bad_rows, ingest, ledger, rejected, types, write
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination, DestinationTable
+from pg_exports.reader import Reader
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import ROWS, eventually, fill
 from pg_exports_tests.postgres.tcp_proxy import tcp_proxy
@@ -228,17 +229,12 @@ class Writing:
 
 def frames_of(source: Source, hour: datetime) -> IntervalFrames:
     """An hour of events, without Dagster."""
-    clickhouse = source.resource()
     return IntervalFrames(
         export="events",
         model=EVENTS,
         team_id=TEAM,
         intervals=(Interval("", hour, hour + HOUR),),
-        read=lambda some, columns: clickhouse.frames(
-            EVENTS.query(selection(some[0].start)), EVENTS, columns=columns, log_comment=""
-        ),
-        fingerprints=lambda some: [],
-        sql=lambda interval: "",
+        source=Reader(source.resource(), EVENTS, selection(hour), {}, getLogger()),
         on_bad_rows="repair",
         deduplicate="interval",
     )
@@ -269,7 +265,7 @@ def copied(source: Source, target: Target, hour: datetime, rows: int, name: str)
     export = frames_of(source, hour)
     with target.resource().session() as session:
         table = new_table(session, target, name)
-        with export.read(export.intervals, table.column_names) as frames:
+        with export.source.read(export.intervals, table.column_names) as frames:
             ready = [
                 types.arrow_table(bad_rows.sort_out(piece, table, "repair").good, table.pairs)
                 for piece in ingest.pieces(frames)

@@ -8,8 +8,9 @@ COPY refuses.
 
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import polars as pl
 
@@ -61,12 +62,15 @@ class BadRow:
 
 @dataclass(frozen=True)
 class SortedRows:
-    """Rows that can be sent, some of them repaired (a mask); the same rows as they were; and those that cannot be sent."""
+    """Rows that can be sent, some of them repaired (a mask); the same rows as they were; and those that cannot be sent. And
+    how many values were repaired, by column.
+    """
 
     good: pl.DataFrame
     as_they_were: pl.DataFrame
     repaired: pl.Series
     bad: list[BadRow]
+    repaired_values: Counter[str] = field(default_factory=Counter)
 
 
 def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRows) -> SortedRows:
@@ -81,6 +85,7 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
     frame = frame.drop(AS_READ, strict=False)
     reasons: dict[int, tuple[str | None, str]] = {**_too_long_keys(frame, table)}
     repaired: set[int] = set()
+    repaired_values: Counter[str] = Counter()
     originals = as_read.originals(as_they_were)
     for source, destination in table.pairs:
         values = frame[source.name]
@@ -93,6 +98,7 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
             values = _with(values, mended) if mended else values
             frame = frame.with_columns(values) if mended else frame
             repaired.update(mended, unread)
+            repaired_values[source.name] += len({*mended, *unread})
         else:
             cannot = f"which {destination.declared} cannot hold."
             no_utf8 = (source.name, f"Column {source.name} holds a text that is no UTF-8, {cannot}")
@@ -104,10 +110,12 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
             reasons |= {row: (source.name, reason) for row in misfits.arg_true() if row not in reasons}
     is_repaired = mask(repaired, frame.height)
     if not reasons:
-        return SortedRows(frame, as_they_were, is_repaired, [])
+        return SortedRows(frame, as_they_were, is_repaired, [], +repaired_values)
     is_good = ~mask(reasons, frame.height)
     bad = bad_rows(as_they_were, reasons, table.model)
-    return SortedRows(frame.filter(is_good), as_they_were.filter(is_good), is_repaired.filter(is_good), bad)
+    return SortedRows(
+        frame.filter(is_good), as_they_were.filter(is_good), is_repaired.filter(is_good), bad, +repaired_values
+    )
 
 
 def mask(rows: Collection[int], height: int) -> pl.Series:

@@ -4,15 +4,16 @@ While Postgres takes one piece, the next is read, looked through and made ready 
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import polars as pl
 import pyarrow as pa
 from adbc_driver_postgresql import dbapi
 
 from pg_exports.errors import DestinationError
-from pg_exports.interval import OnBadRows
+from pg_exports.interval import OnBadRows, Seconds
 from pg_exports.models import INTERVAL
 from pg_exports.postgres import bad_rows, errors, types
 from pg_exports.postgres.bad_rows import BadRow, SortedRows
@@ -46,6 +47,14 @@ Landed = Callable[[pl.DataFrame, pl.Series], None]
 """Takes rows that were copied, a piece's at a time, with a mask of those that were repaired."""
 
 
+@dataclass
+class Copied:
+    """Where the time went in which frames were copied, and how many values were repaired, by column."""
+
+    seconds: Seconds = field(default_factory=Seconds)
+    repaired: Counter[str] = field(default_factory=Counter)
+
+
 def copy_frames(
     session: Session,
     table: DestinationTable,
@@ -55,7 +64,7 @@ def copy_frames(
     set_aside: SetAside,
     landed: Landed = lambda rows, repaired: None,
     interval_column: str | None = None,
-) -> float:
+) -> Copied:
     """COPY frames into the table `into` of the destination's schema, which has the destination's columns and types.
 
     Args:
@@ -68,24 +77,19 @@ def copy_frames(
         landed: is told each piece's rows that went in, repaired where they were, with the columns beside the model's.
         interval_column: where a staging table keeps `INTERVAL`, if it does.
 
-    Returns:
-        The seconds that were spent waiting for the frames.
-
     Raises:
         DestinationError: a row cannot be held and `on_bad_rows` is `fail`, with the row's key; or Postgres refused for
             another reason than a row.
         PassingError: the connection broke.
     """
-    waited = 0.0
-    with read_ahead(_ready(frames, table, on_bad_rows, interval_column), PIECES_AHEAD) as ready:
-        while True:
+    copied = Copied()
+    with read_ahead(_ready(frames, table, on_bad_rows, interval_column, copied), PIECES_AHEAD) as ready:
+        for piece in ready:
             began = time.monotonic()
-            piece = next(ready, None)
-            waited += time.monotonic() - began
-            if piece is None:
-                return waited
             _copy_piece(session, table, into, piece, on_bad_rows, set_aside, landed)
+            copied.seconds.copy += time.monotonic() - began
             del piece
+    return copied
 
 
 @dataclass(frozen=True)
@@ -103,14 +107,24 @@ class _Piece:
 
 
 def _ready(
-    frames: Iterable[pl.DataFrame], table: DestinationTable, on_bad_rows: OnBadRows, interval_column: str | None
+    frames: Iterable[pl.DataFrame],
+    table: DestinationTable,
+    on_bad_rows: OnBadRows,
+    interval_column: str | None,
+    copied: Copied,
 ) -> Iterator[_Piece]:
+    asked = time.monotonic()
     for frame in pieces(frames):
+        came = time.monotonic()
         rows = bad_rows.sort_out(frame, table, on_bad_rows)
         sent = types.arrow_table(rows.good, table.pairs)
         if interval_column:
             sent = sent.append_column(interval_column, rows.good[INTERVAL].to_arrow())
+        copied.repaired += rows.repaired_values
+        copied.seconds.source += came - asked
+        copied.seconds.transform += time.monotonic() - came
         yield _Piece(rows, sent)
+        asked = time.monotonic()
 
 
 def _copy_piece(

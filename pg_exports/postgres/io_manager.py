@@ -6,7 +6,7 @@ import operator
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
@@ -14,14 +14,15 @@ import polars as pl
 import pyarrow as pa
 from pydantic import PrivateAttr
 
+from pg_exports import lineage
 from pg_exports.errors import PassingError, SettingsError
-from pg_exports.interval import Counts, Interval, IntervalFrames, spanned
+from pg_exports.interval import SAMPLE, Counts, Interval, IntervalFrames, spanned
 from pg_exports.postgres import ledger, rejected, writer
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.resource import PostgresResource
 from pg_exports.postgres.session import MERGE_TIMEOUT, Session
-from pg_exports.postgres.table import Destination
+from pg_exports.postgres.table import Destination, DestinationTable
 
 RETRIES = dg.RetryPolicy(max_retries=5, delay=1, backoff=dg.Backoff.EXPONENTIAL, jitter=dg.Jitter.PLUS_MINUS)
 """After a passing error a run tries again, up to five times in about a minute; after any other one it fails at once."""
@@ -32,18 +33,22 @@ SPAN = timedelta(days=31)
 ROWS_TOGETHER = 100_000
 """Rows at the source for which small intervals are read by one query, and written in one transaction."""
 
+GAPS = timedelta(days=90)
+"""How far before a run's last interval its check looks for missing ones."""
+
 GROWTH = 8
 """How many times more intervals the next transaction may have than the last one."""
 
 Metadata = dict[str, Any]
 """A materialisation's metadata."""
 
-MODEL, TEAM_ID, DATABASE, SCHEMA, TABLE = (
+MODEL, TEAM_ID, DATABASE, SCHEMA, TABLE, INSERTED_AT = (
     "pg_exports/model",
     "pg_exports/team_id",
     "pg_exports/database",
     "pg_exports/schema",
     "pg_exports/table",
+    "pg_exports/inserted_at",
 )
 """Keys of an export's definition metadata: what `load_input` knows of the export whose table it reads."""
 
@@ -90,7 +95,7 @@ class PostgresIOManager(dg.ConfigurableIOManager):
         destination = destination_of(context.definition_metadata)
         with self.postgres.session(destination.database, context.log) as session:
             with session.transaction():
-                tables.ensure(session, destination, export.model, key_index=export.deduplicate == "table")
+                table = tables.ensure(session, destination, export.model, key_index=export.deduplicate == "table")
                 ledger.ensure(session, destination.schema)
                 rejected.ensure(session, destination.schema)
             todo, together = export.intervals, 1
@@ -107,9 +112,10 @@ class PostgresIOManager(dg.ConfigurableIOManager):
                     if isinstance(error, PassingError):
                         raise
                     continue
-                self._note(context, export, progress, outcome, time.monotonic() - began)
+                self._note(context, export, progress, outcome, time.monotonic() - began, table)
                 todo = todo[len(outcome.counts) :]
                 together = _next_together(outcome.counts)
+            _look_back(session, destination, export)
 
     def _note(
         self,
@@ -118,16 +124,26 @@ class PostgresIOManager(dg.ConfigurableIOManager):
         progress: "_Progress",
         outcome: writer.Outcome,
         seconds: float,
+        table: DestinationTable,
     ) -> None:
         """Say what was written, in the log and for each partition."""
         counts = outcome.counts
         total = functools.reduce(operator.add, counts.values())
         say = context.log.warning if total.rejected or total.missing else context.log.info
         say(f"{export.export} {spanned(list(counts))}: {total} in {seconds:.1f} s")
-        export.written.update(counts)
+        findings = export.findings
+        findings.written.update(counts)
+        findings.rejected += outcome.rejected[: SAMPLE - len(findings.rejected)]
+        findings.repaired += outcome.repaired
+        committed_at = datetime.now(UTC)
         for interval in counts:
             share = (counts[interval].at_source + 1) / (total.at_source + len(counts))
-            metadata = _metadata(export, interval, counts[interval], seconds * share, outcome.seconds_source * share)
+            metadata = {
+                **_metadata(export, interval, outcome, seconds, share, committed_at),
+                "dagster/table_name": table.destination.dotted,
+                # The asset's page shows the latest one; for each interval of a range it would be much to store.
+                **(_columns(table) if interval == export.intervals[-1] else {}),
+            }
             progress.written[interval] = metadata
             dg.AssetExecutionContext.get().add_asset_metadata(metadata, partition_key=interval.partition_key)
 
@@ -190,9 +206,47 @@ def _show(context: dg.OutputContext, written: Mapping[Interval, Metadata]) -> No
         )
 
 
+def _look_back(session: Session, destination: Destination, export: IntervalFrames) -> None:
+    """Find in the table and its ledger what the run's checks compare with."""
+    findings, first, last = export.findings, export.intervals[0], export.intervals[-1]
+    with session.transaction():
+        table = tables.inspect(session, destination, export.model)
+        for column in table.lacking:
+            found = findings.lacking_optional if column.optional else findings.lacking
+            found[column.name] = table.added(column)
+        span = Interval("", first.start - export.history, last.end)
+        findings.history = ledger.history(session, table, export.export, export.team_id, span)
+        findings.gaps = ledger.gaps(session, table, export.export, export.team_id, last.start - GAPS)
+
+
+def _columns(table: DestinationTable) -> Metadata:
+    """The columns that are written, in the table's types, and where they come from."""
+    schema = dg.TableSchema(
+        [
+            dg.TableColumn(
+                column.name, type=column.declared, constraints=dg.TableColumnConstraints(nullable=not column.not_null)
+            )
+            for _, column in table.pairs
+        ]
+    )
+    return {
+        "dagster/column_schema": schema,
+        "dagster/column_lineage": lineage.columns(source for source, _ in table.pairs),
+    }
+
+
 def _metadata(
-    export: IntervalFrames, interval: Interval, counts: Counts, seconds: float, seconds_source: float
+    export: IntervalFrames,
+    interval: Interval,
+    outcome: writer.Outcome,
+    seconds: float,
+    share: float,
+    committed_at: datetime,
 ) -> Metadata:
+    """What a partition shows: its counts, and its share of its transaction's seconds."""
+    counts, spent = outcome.counts[interval], outcome.seconds
+    seconds *= share
+    first, last = outcome.times.get(interval, (None, None))
     return {
         "dagster/partition_row_count": counts.at_source,
         "rows_at_source": counts.at_source,
@@ -203,10 +257,18 @@ def _metadata(
         "rows_rejected": counts.rejected,
         "bytes": counts.bytes,
         "seconds": round(seconds, 3),
-        "seconds_source": round(seconds_source, 3),
+        "seconds_source": round(spent.source * share, 3),
+        "seconds_transform": round(spent.transform * share, 3),
+        "seconds_copy": round(spent.copy * share, 3),
+        **({"seconds_merge": round(spent.merge * share, 3)} if export.model.merge else {}),
+        "rows_per_second": round(counts.at_source / seconds, 1),
+        "lag_seconds": round((committed_at - interval.end).total_seconds(), 1),
         "interval_start": dg.MetadataValue.timestamp(interval.start),
         "interval_end": dg.MetadataValue.timestamp(interval.end),
-        "query": dg.MetadataValue.md(f"```sql\n{export.sql(interval)}```"),
+        **({"first_timestamp": dg.MetadataValue.timestamp(first)} if first else {}),
+        **({"last_timestamp": dg.MetadataValue.timestamp(last)} if last else {}),
+        "query_ids": ", ".join(export.source.query_ids(interval)),
+        "query": dg.MetadataValue.md(f"```sql\n{export.source.sql(interval)}```"),
     }
 
 
@@ -216,15 +278,16 @@ def _read(
     columns = tables.column_types(session, destination)
     conditions: list[str] = []
     parameters: list[object] = []
-    if "team_id" in columns:
+    if "team_id" in columns and TEAM_ID in metadata:
         parameters.append(int(metadata[TEAM_ID]))
         conditions.append(f"team_id = ${len(parameters)}")
-    if metadata[MODEL] == "events" and "inserted_at" in columns and context.has_asset_partitions:
+    inserted_at = metadata.get(INSERTED_AT)
+    if inserted_at in columns and context.has_asset_partitions:
         window = context.asset_partitions_time_window
-        zone = "" if columns["inserted_at"] == "timestamptz" else " AT TIME ZONE 'UTC'"
+        zone = "" if columns[inserted_at] == "timestamptz" else " AT TIME ZONE 'UTC'"
         for operator, bound in ((">=", window.start), ("<", window.end)):
             parameters.append(bound.astimezone(UTC))
-            conditions.append(f"inserted_at {operator} ${len(parameters)}::text::timestamptz{zone}")
+            conditions.append(f"{quoted(inserted_at)} {operator} ${len(parameters)}::text::timestamptz{zone}")
     where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
     names = ", ".join(quoted(name) for name in columns)
     answer = session.arrow(

@@ -104,6 +104,7 @@ WITH
             number,
             bool_and(
                 overlapping.keys = coalesce(journaled.keys, 0) AND partition_filenodes <@ $7::text::bigint[]
+                    AND split_part(fingerprint, ':', 4) IS NOT DISTINCT FROM $10
             ) AS is_journaled,
             sum(journaled.keys) FILTER (
                 WHERE interval_start = first AND interval_end = last AND export = $8
@@ -155,6 +156,31 @@ WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = 
 """
 
 
+_HISTORY = """
+SELECT
+    (extract(epoch FROM interval_start) * 1000000)::bigint,
+    (extract(epoch FROM interval_end) * 1000000)::bigint,
+    rows_at_source
+FROM {ledger}
+WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4 AND export = $5
+    AND interval_start >= $6::text::timestamptz AND interval_end <= $7::text::timestamptz
+"""
+
+_GAPS = """
+SELECT (extract(epoch FROM covered) * 1000000)::bigint, (extract(epoch FROM interval_start) * 1000000)::bigint
+FROM (
+    SELECT
+        interval_start,
+        max(interval_end) OVER (ORDER BY interval_start ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS covered
+    FROM {ledger}
+    WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4 AND export = $5
+        AND interval_start >= $6::text::timestamptz
+) AS intervals
+WHERE interval_start > covered
+ORDER BY interval_start
+"""
+
+
 @dataclass(frozen=True)
 class Past:
     """What a table has of an interval's rows, and how that is known.
@@ -163,7 +189,8 @@ class Past:
         rows_before: the table had rows before pg_exports first wrote to it (as it is now: a table that was truncated or
             made anew is another one).
         has_interval: intervals that overlap this one were committed to it.
-        is_journaled: the journals hold the keys of all of their rows, and the partitions that these went into are there.
+        is_journaled: the journals hold the keys of all of their rows, made as the model makes them now, and the partitions
+            that these went into are there.
         keys: keys in the export's own journals of this very interval.
         fingerprints: of the interval's rows at the source, whenever all of them landed.
         by_this_run: the counts, where this run itself has committed the interval (in an earlier try).
@@ -263,6 +290,7 @@ def past(
         _array(table.partition_filenodes),
         export,
         run_id,
+        table.model.identity_scheme,
         doing="reading the ledger",
     )
     return [
@@ -304,6 +332,37 @@ def fingerprints(
         for start, end, fingerprint in rows
         if fingerprint
     }
+
+
+def history(
+    session: Session, table: DestinationTable, export: str, team_id: int, span: Interval
+) -> dict[tuple[datetime, datetime], int]:
+    """Rows at the source of an export's intervals within a span that were committed to the table, by their bounds."""
+    rows = session.rows(
+        _HISTORY.format(ledger=quoted(table.destination.schema, TABLE)),
+        *table.identity,
+        team_id,
+        export,
+        span.start,
+        span.end,
+        doing="reading the ledger",
+    )
+    return {(moment(int(str(start))), moment(int(str(end)))): int(str(count)) for start, end, count in rows}
+
+
+def gaps(
+    session: Session, table: DestinationTable, export: str, team_id: int, since: datetime
+) -> list[tuple[datetime, datetime]]:
+    """Bounds of the time between two of an export's intervals that none of its intervals covers, oldest first."""
+    rows = session.rows(
+        _GAPS.format(ledger=quoted(table.destination.schema, TABLE)),
+        *table.identity,
+        team_id,
+        export,
+        since,
+        doing="reading the ledger",
+    )
+    return [(moment(int(str(start))), moment(int(str(end)))) for start, end in rows]
 
 
 def record(

@@ -45,6 +45,11 @@ class Destination:
         """The quoted, qualified name, as in a statement."""
         return quoted(self.schema, self.table)
 
+    @property
+    def dotted(self) -> str:
+        """The name as Dagster has tables' names."""
+        return ".".join(name for name in (self.database, self.schema, self.table) if name)
+
 
 @dataclass(frozen=True)
 class DestinationTable:
@@ -55,6 +60,7 @@ class DestinationTable:
         oid, filenode: the identity that DROP and TRUNCATE change; a partitioned table has no filenode.
         partition_filenodes: those of its partitions.
         may_drop_rows: triggers or rules of the user's own see rows that are written, and may drop or move them.
+        lacking: the model's columns, optional ones among them, that the table has not.
     """
 
     destination: Destination
@@ -64,11 +70,16 @@ class DestinationTable:
     filenode: int | None
     partition_filenodes: tuple[int, ...] = ()
     may_drop_rows: bool = False
+    lacking: tuple[Column, ...] = ()
 
     @property
     def qualified(self) -> str:
         """The quoted, qualified name, as in a statement."""
         return self.destination.qualified
+
+    def added(self, column: Column) -> str:
+        """The ALTER TABLE that adds a column."""
+        return f"ALTER TABLE {self.qualified} ADD COLUMN {quoted(column.name)} {column.postgres_type};"
 
     @property
     def identity(self) -> tuple[str, int, int]:
@@ -95,7 +106,7 @@ def ensure(session: Session, destination: Destination, model: Model, *, key_inde
         DestinationError: the schema, a privilege, a column or a key is missing, or a type cannot hold the values; with
             the statement that mends it.
     """
-    _check_schema(session, destination)
+    check_schema(session, destination)
     if _relation(session, destination) is None:
         _create(session, destination, model, key_index=key_index)
     return inspect(session, destination, model)
@@ -112,12 +123,15 @@ def inspect(session: Session, destination: Destination, model: Model) -> Destina
             "to a name that is free."
         )
     _check_privileges(session, destination, model, relation.oid)
-    pairs = _matched(destination, model, _columns(session, relation.oid))
+    columns = _columns(session, relation.oid)
+    pairs = _matched(destination, model, columns)
     if model.merge:
         _check_key(session, destination, model, relation.oid)
     may_drop_rows = bool(relation.triggers & (ON_INSERT | ON_UPDATE if model.merge else ON_INSERT))
+    there = {column.name for column in columns}
+    lacking = tuple(column for column in model.columns if column.name not in there)
     return DestinationTable(
-        destination, model, pairs, relation.oid, relation.filenode, relation.partition_filenodes, may_drop_rows
+        destination, model, pairs, relation.oid, relation.filenode, relation.partition_filenodes, may_drop_rows, lacking
     )
 
 
@@ -190,6 +204,20 @@ def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
     Raises:
         DestinationError: the role may not create it, or not write the one that another role made; with the GRANT.
     """
+    if not has_own(session, schema, name):
+        table = quoted(schema, name)
+        check_may_create(session, schema, f"the table {table}")
+        with session.transaction():
+            _wait_to_create(session, table)
+            session.execute(create, doing=f"creating {table}")
+
+
+def has_own(session: Session, schema: str, name: str) -> bool:
+    """Whether one of pg_exports' own tables is there.
+
+    Raises:
+        DestinationError: it is, and another role made it whose grants do not suffice; with the GRANT.
+    """
     rows = session.rows(
         """
         SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
@@ -202,17 +230,13 @@ def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
         name,
         doing=f"looking up {name}",
     )
-    table = quoted(schema, name)
-    if not rows:
-        check_may_create(session, schema, f"the table {table}")
-        with session.transaction():
-            _wait_to_create(session, table)
-            session.execute(create, doing=f"creating {table}")
-    elif not rows[0][1]:
+    if rows and not rows[0][1]:
+        table = quoted(schema, name)
         raise DestinationError(
             f"The role {rows[0][0]} may not write {table}, which another role made. Run as its owner: "
             f"GRANT INSERT, SELECT, UPDATE ON {table} TO {quoted(str(rows[0][0]))};"
         )
+    return bool(rows)
 
 
 def check_may_create(session: Session, schema: str, what: str) -> None:
@@ -241,7 +265,12 @@ def _check_name(setting: str, name: str) -> None:
         )
 
 
-def _check_schema(session: Session, destination: Destination) -> None:
+def check_schema(session: Session, destination: Destination) -> None:
+    """Make sure that the schema is there, and that the role may use it.
+
+    Raises:
+        DestinationError: it is not, or may not; with the statement that mends it.
+    """
     rows = session.rows(
         """
         SELECT current_user::text, has_schema_privilege(oid, 'USAGE')

@@ -11,31 +11,45 @@ import enum
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
 import polars as pl
 
-from pg_exports.fingerprint import Fingerprint
-from pg_exports.interval import Counts, Interval, IntervalFrames
-from pg_exports.models import IDENTITY, INTERVAL
+from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Seconds, spanned
+from pg_exports.models import IDENTITY
 from pg_exports.postgres import ingest, journal, ledger, merge, rejected
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.journal import Journal, Sieve
 from pg_exports.postgres.ledger import Past, Written
 from pg_exports.postgres.merge import Merged
+from pg_exports.postgres.progress import Progress
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination, DestinationTable
+from pg_exports.postgres.tally import Tally, by_interval, counted
 
 
-@dataclass(frozen=True)
+@dataclass
 class Outcome:
-    """What a transaction wrote: the counts of each of its intervals, and the seconds that it waited for the source."""
+    """What a transaction wrote, and what it took.
 
-    counts: Mapping[Interval, Counts]
-    seconds_source: float = 0
+    Attributes:
+        counts: what became of each interval's rows.
+        seconds: where the time went.
+        times: the first and the last of the rows' own times, of intervals that had rows to be read.
+        rejected: some of the rows that were set aside.
+        repaired: by column, how many of its values were repaired.
+    """
+
+    counts: Mapping[Interval, Counts] = field(default_factory=dict)
+    seconds: Seconds = field(default_factory=Seconds)
+    times: dict[Interval, tuple[datetime, datetime]] = field(default_factory=dict)
+    rejected: list[Example] = field(default_factory=list)
+    repaired: Counter[str] = field(default_factory=Counter)
 
 
 def write(
@@ -54,7 +68,7 @@ def write(
             have been: the next try of the same run finds out, and gives the counts that it had.
     """
     started_at = datetime.now(UTC)
-    clock = _Clock()
+    outcome = Outcome()
     with session.transaction():
         free = ledger.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
         tables.lock(session, destination)
@@ -65,13 +79,13 @@ def write(
         alike = list(itertools.takewhile(lambda interval: _way(export, table, pasts[interval]) is way, free))
         if way is _Way.WRITTEN:
             return Outcome({interval: counts for interval in alike if (counts := pasts[interval].by_this_run)})
-        written = _unchanged(export, alike, pasts, clock) if way is _Way.RECORDED else {}
+        written = _unchanged(export, alike, pasts, outcome) if way is _Way.RECORDED else {}
         if written:
             rejected.resolve(session, table, export.export, list(written))
         else:
             together = alike if way in (_Way.STRAIGHT, _Way.MERGED) else alike[:1]
             rejected.resolve(session, table, export.export, together)
-            written = _load(session, table, export, together, pasts, run_id, log, clock)
+            written = _load(session, table, export, together, pasts, run_id, log, outcome)
         ledger.record(
             session,
             table,
@@ -82,7 +96,8 @@ def write(
             run_id=run_id,
             started_at=started_at,
         )
-    return Outcome({interval: what.counts for interval, what in written.items()}, clock.seconds)
+    outcome.counts = {interval: what.counts for interval, what in written.items()}
+    return outcome
 
 
 class _Way(enum.Enum):
@@ -100,7 +115,7 @@ def _way(export: IntervalFrames, table: DestinationTable, past: Past) -> _Way:
         return _Way.WRITTEN
     if export.model.merge:
         return _Way.MERGED
-    if past.fingerprints and export.fingerprints and not export.replay:
+    if past.fingerprints and export.model.fingerprints and not export.replay:
         return _Way.RECORDED
     return _Way.LACKING if past.has_interval or not _may_go_straight_in(export, table, past) else _Way.STRAIGHT
 
@@ -111,12 +126,11 @@ def _may_go_straight_in(export: IntervalFrames, table: DestinationTable, past: P
 
 
 def _unchanged(
-    export: IntervalFrames, intervals: Sequence[Interval], pasts: Mapping[Interval, Past], clock: "_Clock"
+    export: IntervalFrames, intervals: Sequence[Interval], pasts: Mapping[Interval, Past], outcome: Outcome
 ) -> dict[Interval, Written]:
     """The intervals as they were written before, up to the first one of which the source has not the same rows now."""
-    assert export.fingerprints
-    with clock.running():
-        fingerprints = export.fingerprints(intervals)
+    with _timing(outcome, "source"):
+        fingerprints = export.source.fingerprints(intervals)
     unchanged: dict[Interval, Written] = {}
     for interval, fingerprint in zip(intervals, fingerprints, strict=True):
         past = pasts[interval]
@@ -136,37 +150,45 @@ def _load(
     pasts: Mapping[Interval, Past],
     run_id: str,
     log: logging.Logger,
-    clock: "_Clock",
+    outcome: Outcome,
 ) -> dict[Interval, Written]:
     """The intervals' rows from the source into the table."""
     past = pasts[intervals[0]]
-    is_known = past.has_interval and past.is_journaled and not export.replay and bool(export.fingerprints)
+    is_known = past.has_interval and past.is_journaled and not export.replay and bool(export.model.fingerprints)
     there = journal.read(session, table, export.team_id, intervals[0]) if is_known else None
     sieve = None if there is None or there.is_empty() else Sieve(there)
     record = Journal(session, table, export.team_id, export.export, run_id)
-    tallies = {interval.position: _Tally(interval) for interval in intervals}
+    tallies = {interval.position: Tally(interval, export.model) for interval in intervals}
+    progress = Progress(f"{export.export} {spanned(intervals)}", lambda: export.source.count(intervals), log)
 
     def landed(rows: pl.DataFrame, repaired: pl.Series) -> None:
-        for start, some in _by_interval(rows.with_columns(repaired.alias(_REPAIRED))):
-            tallies[start].add(some, table)
+        for start, some in by_interval(rows.with_columns(repaired.alias(_REPAIRED))):
+            tallies[start].add(some, some[_REPAIRED], table)
             if IDENTITY in some.columns:
                 record.add(tallies[start].interval, some[IDENTITY])
+        progress.tell(sum(tally.copied + tally.rejected for tally in tallies.values()) + (sieve.known if sieve else 0))
 
     def set_aside(rows: list[BadRow]) -> None:
         for start, some in itertools.groupby(sorted(rows, key=_interval_of), key=_interval_of):
             bad = list(some)
-            tallies[start].rejected += len(bad)
+            tallies[start].set_aside(bad)
             rejected.keep(session, table, export.export, tallies[start].interval, run_id, bad)
 
     def copy(into: str, interval_column: str | None = None) -> None:
         with contextlib.ExitStack() as opened:
-            with clock.running():
-                frames = opened.enter_context(export.read(intervals, table.column_names))
-            counted = _counted(frames, tallies)
-            new = sieve.sift(counted) if sieve else counted
-            clock.seconds += ingest.copy_frames(
+            with _timing(outcome, "source"):
+                frames = opened.enter_context(export.source.read(intervals, table.column_names))
+            every = counted(frames, tallies)
+            new = sieve.sift(every) if sieve else every
+            copied = ingest.copy_frames(
                 session, table, into, new, export.on_bad_rows, set_aside, landed, interval_column
             )
+        outcome.seconds.source += copied.seconds.source
+        outcome.seconds.transform += copied.seconds.transform
+        outcome.seconds.copy += copied.seconds.copy
+        outcome.repaired += copied.repaired
+        if into != table.destination.table:
+            progress.merging()
 
     if _may_go_straight_in(export, table, past) and (is_known or not past.has_interval):
         copy(table.destination.table)
@@ -175,8 +197,9 @@ def _load(
     elif export.model.merge and len(intervals) > 1:
         with merge.staging_table(session, table, of_several_intervals=True) as staging:
             copy(staging, merge.INTERVAL_COLUMN)
-            for start, merged in merge.merge_intervals(session, table, staging, export.model.merge).items():
-                tallies[start].merged = merged
+            with _timing(outcome, "merge"):
+                for start, merged in merge.merge_intervals(session, table, staging, export.model.merge).items():
+                    tallies[start].merged = merged
     else:
         [tally] = tallies.values()
         with merge.staging_table(session, table) as staging:
@@ -184,96 +207,32 @@ def _load(
             if tally.copied:
                 if not export.model.merge:
                     _advise_index(session, table, log)
-                tally.merged = merge.merge(session, table, staging)
+                with _timing(outcome, "merge"):
+                    tally.merged = merge.merge(session, table, staging)
     if sieve:
         tallies[intervals[0].position].known = sieve.known
     record.flush()
-    return {tally.interval: tally.written(export, pasts[tally.interval]) for tally in tallies.values()}
+    for tally in tallies.values():
+        outcome.rejected += tally.examples
+        if tally.times:
+            outcome.times[tally.interval] = tally.times
+    return {tally.interval: tally.written(pasts[tally.interval]) for tally in tallies.values()}
 
 
 _REPAIRED = "repaired"
 
 
-@dataclass
-class _Tally:
-    """What becomes of an interval's rows; they are counted where they are read and where they are written, so that the two
-    can be compared.
-    """
-
-    interval: Interval
-    at_source: int = 0
-    known: int = 0
-    copied: int = 0
-    repaired: int = 0
-    rejected: int = 0
-    bytes: int = 0
-    fingerprint: Fingerprint = field(default_factory=Fingerprint)
-    merged: Merged = field(default_factory=lambda: Merged(0, 0))
-
-    def add(self, rows: pl.DataFrame, table: DestinationTable) -> None:
-        """Rows that COPY took."""
-        self.copied += rows.height
-        self.repaired += int(rows[_REPAIRED].sum())
-        self.bytes += int(rows.select(table.column_names).estimated_size())
-
-    def written(self, export: IntervalFrames, past: Past) -> Written:
-        """The interval, once all of its rows are where they go."""
-        missing = self.merged.missing + self.at_source - self.known - self.copied - self.rejected
-        counts = Counts(
-            at_source=self.at_source,
-            inserted=self.merged.inserted,
-            updated=self.merged.updated,
-            unchanged=self.known + self.copied - self.merged.inserted - self.merged.updated - self.merged.missing,
-            repaired=self.repaired,
-            rejected=self.rejected,
-            missing=missing,
-            bytes=self.bytes,
-        )
-        if not export.fingerprints:
-            return Written(counts, None, 0)
-        # Rows that did not stay must be sent again: then the journals do not count, and the table is asked.
-        return Written(counts, self.fingerprint, ledger.UNKNOWN if missing else past.keys + self.copied)
-
-
-def _counted(frames: Iterable[pl.DataFrame], tallies: Mapping[int, _Tally]) -> Iterator[pl.DataFrame]:
-    """The frames, with their rows and the rows' identities noted on the way."""
-    for frame in frames:
-        beside = [name for name in (INTERVAL, IDENTITY) if name in frame.columns]
-        for start, rows in _by_interval(frame.select(beside)):
-            tallies[start].at_source += rows.height
-            if IDENTITY in beside:
-                tallies[start].fingerprint += Fingerprint.of(rows[IDENTITY])
-        yield frame
-
-
-def _by_interval(frame: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
-    """The rows of each interval, by `INTERVAL`."""
-    starts = frame[INTERVAL]
-    first, last = starts.min(), starts.max()
-    if first == last:
-        yield from [(int(str(first)), frame)] if frame.height else []
-    else:
-        for (start,), rows in frame.partition_by(INTERVAL, as_dict=True).items():
-            yield int(start), rows
+@contextlib.contextmanager
+def _timing(outcome: Outcome, what: Literal["source", "merge"]) -> Iterator[None]:
+    """Count the block's seconds."""
+    began = time.monotonic()
+    yield
+    setattr(outcome.seconds, what, getattr(outcome.seconds, what) + time.monotonic() - began)
 
 
 def _interval_of(row: BadRow) -> int:
     assert row.interval is not None
     return row.interval
-
-
-class _Clock:
-    """Seconds that were spent waiting for the source."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Count the block's seconds."""
-        began = time.monotonic()
-        yield
-        self.seconds += time.monotonic() - began
 
 
 def _advise_index(session: Session, table: DestinationTable, log: logging.Logger) -> None:

@@ -1,0 +1,114 @@
+"""What becomes of an interval's rows: counted where they are read and where they are written, so that the two can be
+compared.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import cast
+
+import polars as pl
+
+from pg_exports.fingerprint import Fingerprint
+from pg_exports.interval import SAMPLE, Counts, Example, Interval
+from pg_exports.models import IDENTITY, INTERVAL, Model
+from pg_exports.postgres import ledger
+from pg_exports.postgres.bad_rows import BadRow
+from pg_exports.postgres.ledger import Past, Written
+from pg_exports.postgres.merge import Merged
+from pg_exports.postgres.table import DestinationTable
+
+
+@dataclass
+class Tally:
+    """An interval's rows, so far.
+
+    Attributes:
+        interval, model: whose rows they are.
+        at_source: rows that were read, and their `fingerprint`.
+        known: rows that the journals know.
+        copied: rows that COPY took; `repaired` of them were; their size as Arrow in `bytes`.
+        rejected: rows that were set aside; `examples` has some of them.
+        merged: what the merge did with those that were copied.
+        times: the first and the last of the rows' own times, of those that were read.
+    """
+
+    interval: Interval
+    model: Model
+    at_source: int = 0
+    known: int = 0
+    copied: int = 0
+    repaired: int = 0
+    rejected: int = 0
+    bytes: int = 0
+    fingerprint: Fingerprint = field(init=False)
+    merged: Merged = field(default_factory=lambda: Merged(0, 0))
+    times: tuple[datetime, datetime] | None = None
+    examples: list[Example] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.fingerprint = Fingerprint(scheme=self.model.identity_scheme)
+
+    def read(self, rows: pl.DataFrame) -> None:
+        """Rows that came from the source."""
+        self.at_source += rows.height
+        if IDENTITY in rows.columns:
+            self.fingerprint += Fingerprint.of(rows[IDENTITY])
+        if self.model.timestamps:
+            first, last = (rows[name] for name in self.model.timestamps)
+            times = [time for time in (*(self.times or ()), first.min(), last.max()) if time is not None]
+            if times:
+                found = cast("list[datetime]", times)
+                self.times = min(found), max(found)
+
+    def add(self, rows: pl.DataFrame, repaired: pl.Series, table: DestinationTable) -> None:
+        """Rows that COPY took, with a mask of those that were repaired."""
+        self.copied += rows.height
+        self.repaired += int(repaired.sum())
+        self.bytes += int(rows.select(table.column_names).estimated_size())
+
+    def set_aside(self, rows: list[BadRow]) -> None:
+        """Rows that were rejected."""
+        self.rejected += len(rows)
+        self.examples += [
+            Example(self.interval, row.key, row.column, row.reason) for row in rows[: SAMPLE - len(self.examples)]
+        ]
+
+    def written(self, past: Past) -> Written:
+        """The interval, once all of its rows are where they go."""
+        missing = self.merged.missing + self.at_source - self.known - self.copied - self.rejected
+        counts = Counts(
+            at_source=self.at_source,
+            inserted=self.merged.inserted,
+            updated=self.merged.updated,
+            unchanged=self.known + self.copied - self.merged.inserted - self.merged.updated - self.merged.missing,
+            repaired=self.repaired,
+            rejected=self.rejected,
+            missing=missing,
+            bytes=self.bytes,
+        )
+        if not self.model.fingerprints:
+            return Written(counts, None, 0)
+        # Rows that did not stay must be sent again: then the journals do not count, and the table is asked.
+        return Written(counts, self.fingerprint, ledger.UNKNOWN if missing else past.keys + self.copied)
+
+
+def counted(frames: Iterable[pl.DataFrame], tallies: Mapping[int, Tally]) -> Iterator[pl.DataFrame]:
+    """The frames, each interval's rows noted on the way."""
+    model = next(iter(tallies.values())).model
+    noted = {INTERVAL, *(model.timestamps or ()), *([IDENTITY] if model.fingerprints else [])}
+    for frame in frames:
+        for start, rows in by_interval(frame.select(name for name in frame.columns if name in noted)):
+            tallies[start].read(rows)
+        yield frame
+
+
+def by_interval(frame: pl.DataFrame) -> Iterator[tuple[int, pl.DataFrame]]:
+    """The rows of each interval, by `INTERVAL`."""
+    starts = frame[INTERVAL]
+    first, last = starts.min(), starts.max()
+    if first == last:
+        yield from [(int(str(first)), frame)] if frame.height else []
+    else:
+        for (start,), rows in frame.partition_by(INTERVAL, as_dict=True).items():
+            yield int(start), rows

@@ -1,0 +1,134 @@
+"""Reads an export's intervals from ClickHouse: with which queries, and what these are called in ClickHouse's query log."""
+
+import contextlib
+import functools
+import json
+import logging
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+
+import polars as pl
+
+from pg_exports.clickhouse import ClickHouseResource
+from pg_exports.fingerprint import Fingerprint
+from pg_exports.interval import Interval
+from pg_exports.models import Model, Query, Selection
+from pg_exports.models.model import moment
+
+
+@dataclass(frozen=True)
+class Reader:
+    """The `Source` of an export.
+
+    Attributes:
+        clickhouse: the connection.
+        model: what is read.
+        selection: which rows, of whatever interval.
+        about: what ClickHouse's query log keeps beside each query: the run or the sensor, and the export.
+        log: where to say that a dictionary is not there.
+    """
+
+    clickhouse: ClickHouseResource
+    model: Model
+    selection: Selection
+    about: dict[str, str]
+    log: logging.Logger
+    _sent: dict[Interval, list[str]] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def read(self, intervals: Sequence[Interval], columns: Collection[str]) -> Iterator[Iterator[pl.DataFrame]]:
+        """See `Source`."""
+        first, *others = self._questions(intervals)
+        answer = contextlib.ExitStack()
+        is_over = False
+
+        def answered(some: Sequence[Interval]) -> Iterator[pl.DataFrame]:
+            answer.close()
+            return answer.enter_context(
+                self.clickhouse.frames(
+                    self._query(self._selected(some)),
+                    self.model,
+                    columns=columns,
+                    log_comment=self._comment(some),
+                    query_id=self._new(some),
+                )
+            )
+
+        def frames(of_first: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+            yield from of_first
+            for some in others:
+                if is_over:
+                    return
+                yield from answered(some)
+
+        try:
+            yield frames(answered(first))
+        finally:
+            # The reading thread may be in the midst of an answer: that ends too.
+            is_over = True
+            answer.close()
+
+    def fingerprints(self, intervals: Sequence[Interval]) -> list[Fingerprint]:
+        """See `Source`."""
+        assert self.model.fingerprints
+        found: dict[datetime, Fingerprint] = {}
+        scheme = self.model.identity_scheme
+        for some in self._questions(intervals):
+            rows = self.clickhouse.rows(
+                self.model.fingerprints(self._selected(some)),
+                log_comment=self._comment(some),
+                query_id=self._new(some),
+            )
+            found |= {moment(start): Fingerprint(rows, xor, total, scheme) for start, rows, xor, total in rows}
+        return [found.get(interval.start, Fingerprint(scheme=scheme)) for interval in intervals]
+
+    def count(self, intervals: Sequence[Interval]) -> int:
+        """See `Source`."""
+        return sum(
+            self.clickhouse.count(self._query(self._selected(some)), log_comment=self._comment(some))
+            for some in self._questions(intervals)
+        )
+
+    def sql(self, interval: Interval) -> str:
+        """See `Source`."""
+        return self._query(self._selected([interval])).for_console()
+
+    def query_ids(self, interval: Interval) -> list[str]:
+        """See `Source`."""
+        return self._sent.get(interval, [])
+
+    def _questions(self, intervals: Sequence[Interval]) -> Iterator[Sequence[Interval]]:
+        """The intervals that one query answers."""
+        if self.model.one_interval_a_query:
+            yield from ([interval] for interval in intervals)
+        else:
+            yield intervals
+
+    def _selected(self, span: Sequence[Interval]) -> Selection:
+        starts = tuple(interval.start for interval in span)
+        return replace(self.selection, start=span[0].start, end=span[-1].end, starts=starts)
+
+    # Asked for when the first interval is read: a failure is the IO manager's then, who knows what is written already.
+    @functools.cached_property
+    def _query(self) -> Callable[[Selection], Query]:
+        needed, without = self.model.dictionary, self.model.query_without_dictionary
+        if not (needed and without) or self.clickhouse.has_dictionary(needed, log_comment=json.dumps(self.about)):
+            return self.model.query
+        self.log.warning(
+            f"The dictionary {needed} is not in ClickHouse's database {self.clickhouse.database}, or not to be seen by this "
+            "user: the columns that need it are NULL."
+        )
+        return without
+
+    def _comment(self, some: Sequence[Interval]) -> str:
+        keys = dict.fromkeys(interval.partition_key for interval in (*some[:1], *some[-1:]))
+        return json.dumps({**self.about, "partition": "...".join(keys)})
+
+    def _new(self, some: Sequence[Interval]) -> str:
+        """The id of a query for some intervals."""
+        query_id = str(uuid.uuid4())
+        for interval in some:
+            self._sent.setdefault(interval, []).append(query_id)
+        return query_id
