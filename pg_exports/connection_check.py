@@ -19,7 +19,7 @@ import dagster as dg
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.errors import ExportError, PassingError
 from pg_exports.models import Model, Query, Selection
-from pg_exports.postgres import PostgresResource, journal, ledger, rejected, server_certificate
+from pg_exports.postgres import PostgresResource, journal, ledger, rejected
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import Destination
@@ -252,6 +252,9 @@ class _Destination:
     def certificate(self) -> Iterator[Said]:
         """Whether the server answers and speaks TLS, and the certificate that it shows."""
         self._postgres.check(self._destination.database or self._postgres.database)
+        # What reads certificates is not loaded by each run of an export.
+        from pg_exports.postgres import server_certificate
+
         shown = server_certificate.read(self._postgres.host, self._postgres.port)
         subject = f"{shown.subject or '(no subject)'} for {', '.join(shown.names) or '(no names)'}"
         said = (

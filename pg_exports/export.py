@@ -266,7 +266,10 @@ class PostgresExport(SettingsComponent):
             model = self.model_with_columns
         except ValueError as error:
             raise ValueError(f"`columns`: {error}") from None
-        model.check_filters(self.filters)
+        try:
+            model.check_filters(self.filters)
+        except ValueError as error:
+            raise ValueError(f"`filters`: {error}") from None
         if model.merge and self.deduplicate != "interval":
             raise ValueError("`deduplicate: table` is for `model: events`; persons and sessions are merged")
         if isinstance(self.connection, InlineConnection) and self.database is None:

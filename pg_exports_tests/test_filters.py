@@ -144,8 +144,8 @@ def test_a_wrong_filter_is_one_error_that_says_which(load: Load, wrong: object, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": "sessions", "filters": [PAID]}, "`filters` are for `model: events` and `model: persons`"),
-        ({"model": "persons", "filters": [PAID]}, "`type: person`"),
+        ({"model": "sessions", "filters": [PAID]}, "`filters`: sessions have no properties to filter by"),
+        ({"model": "persons", "filters": [PAID]}, "`filters`: persons have no properties of `type: event`"),
     ],
 )
 def test_a_filter_that_the_model_cannot_have_is_an_error(load: Load, changes: dict[str, Any], message: str) -> None:

@@ -206,5 +206,8 @@ def test_a_wrong_model_is_one_error_that_names_export_and_attribute(
 
 
 def test_filters_and_event_names_are_not_for_a_model_of_ones_own(load: Load) -> None:
-    for wrong in ({"filters": [{"key": "a", "value": 1}]}, {"include_events": ["a"]}):
-        assert "are for `model: " in said(refusal(load, yaml(name="mine", model=dict(ORDERS), **wrong)))
+    for wrong, message in (
+        ({"filters": [{"key": "a", "value": 1}]}, "`filters`: orders have no properties to filter by"),
+        ({"include_events": ["a"]}, "are for `model: events`"),
+    ):
+        assert message in said(refusal(load, yaml(name="mine", model=ORDERS, **wrong)))

@@ -99,7 +99,9 @@ class Email(dg.Resolvable, BaseModel):
 
     sender: str = Field(alias="from", description="Address that alerts come from.")
     to: list[str] = Field(description="Addresses that alerts go to.")
-    password: Annotated[SecretStr, dg.Resolver(as_written, model_field_type=str, description="Password of smtp_user.")]
+    password: Annotated[SecretStr, dg.Resolver(as_written, model_field_type=str)] = Field(
+        description="Password of smtp_user."
+    )
     smtp_host: str = Field(description="The mail server's name, which must be in its certificate.")
     smtp_type: Literal["SSL", "STARTTLS"] = Field(default="SSL", description="How the connection is encrypted.")
     smtp_port: int | None = Field(default=None, description="465 for SSL, 587 for STARTTLS by default.")
