@@ -9,10 +9,10 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo test soak bench dev lint clean sandbox postgresql pgbouncer
+.PHONY: help demo dev check backfill test soak bench lint screenshots docs clean sandbox postgresql pgbouncer chromium
 
 help: ## What there is to make
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 13
 
 demo: sandbox ## Export three days of sample data, and show what landed
 	@echo "Exporting $$(cat .sandbox/demo_range) (the log is .sandbox/demo.log) ..."
@@ -23,8 +23,14 @@ demo: sandbox ## Export three days of sample data, and show what landed
 dev: sandbox ## The sandbox and Dagster's UI
 	@$(BIN)/dg dev
 
+check: .venv/installed ## Whether the connections and tables of the exports are as they should be (EXPORT=events)
+	@$(BIN)/python -m pg_exports.check $(EXPORT)
+
+backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2026-11-01 TO=2026-11-20)
+	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO)
+
 # Tests wait for servers more than they work: two processes, each with servers of its own.
-test: lint postgresql pgbouncer ## Every check and test
+test: lint postgresql pgbouncer chromium ## Every check and test
 	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
@@ -41,6 +47,12 @@ lint: .venv/installed ## Format, lint, types, definitions
 	@$(BIN)/mypy --no-error-summary
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 		DAGSTER_HOME="$$folder" PG_EXPORTS_TEAM_ID=1 $(BIN)/dg check defs >"$$folder/log" 2>&1 || { cat "$$folder/log"; exit 1; }
+
+screenshots: postgresql chromium ## The pictures of README.md, made anew
+	@$(BIN)/python -m pg_exports_tests.ui.screenshots
+
+docs: .venv/installed ## The page of an export's attributes, written anew
+	@$(BIN)/python -m pg_exports_tests.attributes_page
 
 clean: ## Stop the sandbox; delete it and everything that was installed here
 	@if [ -e .sandbox/sandbox.json ]; then \
@@ -63,6 +75,11 @@ postgresql: .venv/installed
 pgbouncer:
 	@PATH="$$PATH:/usr/sbin" command -v pgbouncer >/dev/null || ! command -v apt-get >/dev/null \
 		|| { $(APT) update -qq && $(APT) install -qq -y pgbouncer >/dev/null; } || true
+
+# Where there is none, the tests of the UI in a browser are skipped.
+chromium:
+	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null \
+		|| { $(APT) update -qq && $(APT) install -qq -y chromium >/dev/null; } || true
 
 .venv/installed: pyproject.toml deploy/constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

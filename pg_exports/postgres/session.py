@@ -4,10 +4,11 @@ Every wait is bounded: for a lock by the server, for an answer by a watchdog, fo
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import datetime
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import pyarrow as pa
 from adbc_driver_postgresql import dbapi
@@ -42,6 +43,9 @@ SELECT
 """
 
 
+Answer = TypeVar("Answer")
+
+
 @dataclass(frozen=True)
 class ServerTransaction:
     """A transaction as the server knows it: its process, and when it began."""
@@ -64,6 +68,7 @@ class Session:
         self._connection = connection
         self._watchdog = watchdog
         self._read_timeout = read_timeout
+        self._driver = ThreadPoolExecutor(1, thread_name_prefix="pg_exports driver")
         self._transaction: ServerTransaction | None = None
         self._is_in_transaction = False
         self.lost: ServerTransaction | None = None
@@ -80,19 +85,27 @@ class Session:
         Raises:
             DestinationError, PassingError: Postgres refused, or did not answer.
         """
-        try:
-            with self._bounded(patience), self._connection.cursor() as cursor:
+
+        def answer() -> list[tuple[object, ...]]:
+            with self._connection.cursor() as cursor:
                 cursor.execute(sql, _bound(parameters))
                 return [tuple(row) for row in cursor.fetchall()]
+
+        try:
+            return self._bounded(answer, patience)
         except dbapi.Error as error:
             self.explain(error, doing)
 
     def arrow(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> pa.Table:
         """The rows of one statement as an Arrow table. Arguments and errors as those of `rows`."""
-        try:
-            with self._bounded(patience), self._connection.cursor() as cursor:
+
+        def answer() -> pa.Table:
+            with self._connection.cursor() as cursor:
                 cursor.execute(sql, _bound(parameters))
                 return cursor.fetch_arrow_table()
+
+        try:
+            return self._bounded(answer, patience)
         except dbapi.Error as error:
             self.explain(error, doing)
 
@@ -131,8 +144,12 @@ class Session:
         Raises:
             dbapi.Error: Postgres refused; the caller knows which rows these are, and lets `explain` speak for the rest.
         """
-        with self._bounded(), self._connection.cursor() as cursor:
-            return int(cursor.adbc_ingest(table, batches, mode="append", db_schema_name=schema))
+
+        def send() -> int:
+            with self._connection.cursor() as cursor:
+                return int(cursor.adbc_ingest(table, batches, mode="append", db_schema_name=schema))
+
+        return self._bounded(send)
 
     def explain(self, error: dbapi.Error, doing: str) -> NoReturn:
         """Raise the error that a user sees for one of the driver's.
@@ -151,17 +168,34 @@ class Session:
         """Hang up."""
         self._connection.close()
         self._watchdog.close()
+        self._driver.shutdown()
 
     def _begin(self) -> None:
         # In one message: `execute` sends several, which a pooler may give to different servers outside a transaction.
-        try:
-            with self._bounded(), self._connection.cursor() as cursor:
+        def begin() -> None:
+            with self._connection.cursor() as cursor:
                 cursor.executescript("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+
+        try:
+            self._bounded(begin)
         except dbapi.Error as error:
             self.explain(error, "beginning a transaction")
 
-    def _bounded(self, patience: float = 0) -> contextlib.AbstractContextManager[None]:
-        return self._watchdog.limit(self._read_timeout + patience)
+    def _bounded(self, call: Callable[[], Answer], patience: float = 0) -> Answer:
+        """What a driver's call gives, within the time it may take.
+
+        On a thread of its own: on the main one ADBC takes SIGINT for itself, and a run that Dagster tells to end would not
+        hear of it. Here it does at once; the statement is cancelled then.
+        """
+        with self._watchdog.limit(self._read_timeout + patience):
+            running = self._driver.submit(call)
+            try:
+                return running.result()
+            finally:
+                while not running.done():
+                    with contextlib.suppress(dbapi.Error):
+                        self._connection.adbc_cancel()
+                    wait([running], timeout=1)
 
     def _roll_back(self) -> None:
         try:

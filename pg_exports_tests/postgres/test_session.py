@@ -1,7 +1,11 @@
 """What reaches Postgres: the statements of runs, as its own log has them, and the transactions that they stand in."""
 
 import json
+import os
 import re
+import signal
+import threading
+import time
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -200,3 +204,21 @@ def test_no_parameter_and_no_copy_ends_the_transaction_that_it_stands_in(target:
             assert session.rows("SELECT pg_current_xact_id()::text", doing="asking") == before
             assert target.count("events") == 0
     assert target.count("events") == 3
+
+
+def test_an_interrupt_ends_a_statement_that_the_server_is_at_work_on_and_undoes_its_transaction(target: Target) -> None:
+    def interrupted(session: Session) -> None:
+        with session.transaction():
+            session.execute(f'CREATE TABLE "{target.schema}".made (n int)', doing="creating a table")
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+            session.execute("SELECT pg_sleep(60)", doing="sleeping")
+
+    with target.resource().session() as session:
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted(session)
+        assert time.monotonic() - began < 20
+        # The connection is as good as before.
+        with session.transaction():
+            assert session.rows("SELECT 1", doing="asking") == [(1,)]
+    assert target.rows("SELECT to_regclass('made')") == [(None,)]
