@@ -29,9 +29,9 @@ check: .venv/installed ## Whether the connections and tables of the exports are 
 backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2026-11-01 TO=2026-11-20)
 	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO)
 
-# Tests wait for servers more than they work: two processes, each with servers of its own.
+# Tests wait for servers more than they work: three processes, each with servers of its own.
 test: lint postgresql pgbouncer chromium ## Every check and test
-	@$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	@$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
 	@$(BIN)/python -m pg_exports_tests.soak $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS))

@@ -26,6 +26,33 @@ SAMPLE_EVENTS = 3_000
 TEAM = 1
 
 
+LONGEST = (
+    "ui.test_backfills",
+    "ui.test_browser",
+    "test_alerts",
+    "test_connection_check",
+    "test_ranges_together",
+    "test_bench_figures",
+    "test_installed",
+    "test_soak",
+    "test_faults_processes",
+    "test_scaffold",
+    "test_definitions",
+    "test_backfill_command",
+)
+"""Modules that take long, most of them as they start processes: first, so that none is left alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The modules of `LONGEST` first, in its order; the others as they come."""
+
+    def place(item: pytest.Item) -> int:
+        module = item.nodeid.split(".py")[0].removeprefix("pg_exports_tests/").replace("/", ".")
+        return LONGEST.index(module) if module in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     """Both servers, for the whole session."""

@@ -18,6 +18,7 @@ import trustme
 from cryptography import x509
 
 from pg_exports import ClickHouseResource, PostgresIOManager, PostgresResource, connection_check
+from pg_exports import check as check_command
 from pg_exports.connection_check import CONNECTION_CHECK, EXPORT, REASON, STEPS, Setup, Status, Step
 from pg_exports.models import MODELS, Selection
 from pg_exports.postgres.table import Destination
@@ -534,6 +535,17 @@ def command(folder: Path, *exports: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def command_here(project: Path, monkeypatch: pytest.MonkeyPatch, *exports: str) -> int:
+    """The command in this process: its exit code."""
+    for module in ("ours", "ours.definitions"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.syspath_prepend(str(project))
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(sys, "argv", ["check", *exports])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return check_command.main()
+
+
 def test_the_command_prints_each_step_of_each_export(project: Path, target: Target) -> None:
     said = command(project)
     assert (said.returncode, said.stderr) == (0, "")
@@ -547,14 +559,17 @@ def test_the_command_prints_each_step_of_each_export(project: Path, target: Targ
     assert relations(target) == []
 
 
-def test_the_command_fails_where_a_step_does(project: Path, target: Target, source: Source) -> None:
+def test_the_command_fails_where_a_step_does(
+    project: Path, source: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     source.execute("DROP TABLE person SYNC")
-    said = command(project, "persons")
-    assert (said.returncode, said.stderr) == (1, "")
-    assert said.stdout.startswith("persons\n")
-    assert "  failed      Source tables" in said.stdout
-    assert "A source table is missing" in said.stdout
-    assert said.stdout.endswith("1 failed.\n")
+    assert command_here(project, monkeypatch, "persons") == 1
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert said.out.startswith("persons\n")
+    assert "  failed      Source tables" in said.out
+    assert "A source table is missing" in said.out
+    assert said.out.endswith("1 failed.\n")
 
 
 @pytest.mark.parametrize(
@@ -570,7 +585,13 @@ def test_the_command_fails_where_a_step_does(project: Path, target: Target, sour
         ("broken", "The definitions of ours.definitions do not load. SyntaxError: "),
     ],
 )
-def test_the_command_says_in_one_message_why_nothing_can_be_checked(name: str, message: str, project: Path) -> None:
+def test_the_command_says_in_one_message_why_nothing_can_be_checked(
+    name: str,
+    message: str,
+    project: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     settings = (project / ".env").read_text().splitlines()
     others = "\n".join(line for line in settings if not line.startswith(f"{name}="))
     exports = []
@@ -582,7 +603,7 @@ def test_the_command_says_in_one_message_why_nothing_can_be_checked(name: str, m
         (project / "ours" / "definitions.py").write_text("def")
     else:
         (project / ".env").write_text(others + ("\nPOSTGRES_PORT=five\n" if name == "POSTGRES_PORT" else "\n"))
-    said = command(project, *exports)
-    assert said.returncode == 1
-    assert message in said.stdout + said.stderr
-    assert "Traceback" not in said.stdout + said.stderr
+    assert command_here(project, monkeypatch, *exports) == 1
+    said = "".join(capsys.readouterr())
+    assert message in said
+    assert "Traceback" not in said

@@ -25,7 +25,7 @@ settings.register_profile(
     "quick",
     deadline=None,
     derandomize=True,
-    max_examples=15,
+    max_examples=12,
     database=None,
     # No shrinking: an example takes most of a second, and the message names the row.
     phases=[Phase.generate],

@@ -166,14 +166,11 @@ def project(python: Path, sandbox: Sandbox, source: Source, tmp_path: Path) -> P
     return project
 
 
-def test_the_code_is_the_wheels(project: Project) -> None:
-    found = project.run("-c", "import pg_exports; print(pg_exports.__file__)")
-    assert found.startswith(str(project.python.parent.parent))
-
-
 def test_exports_run_in_another_project(project: Project, source: Source, target: Target, hour: datetime) -> None:
+    found = project.run("-c", "import importlib.util; print(importlib.util.find_spec('pg_exports').origin)")
+    assert found.startswith(str(project.python.parent.parent))
     someone = uuid.uuid4()
-    source.insert("events", event(hour, event="a"), event(hour, event="b"), event(hour + HOUR, event="c"))
+    source.insert("events", event(hour, event="a"), event(hour, event="b"))
     source.insert("person", person(hour, someone, 1))
     source.insert("person_distinct_id2", mapping(hour, "someone", someone))
 
@@ -189,11 +186,6 @@ def test_exports_run_in_another_project(project: Project, source: Source, target
         text = text.replace(before, after)
     scaffolded.write_text(text)
     project.write("src/warehouse/defs/people.py", PEOPLE.format(start=start, schema=target.schema))
-    project.dg("check", "defs")
-
     project.dg("launch", "--assets", "events,people", "--partition", partition_key(hour))
     assert target.rows("SELECT event FROM events ORDER BY event") == [("a",), ("b",)]
     assert target.rows("SELECT distinct_id FROM persons") == [("someone",)]
-
-    project.run("-m", "pg_exports.backfill", "events", partition_key(hour), f"{hour + HOUR:%Y-%m-%dT%H:%M}")
-    assert target.rows("SELECT event FROM events ORDER BY event") == [("a",), ("b",), ("c",)]

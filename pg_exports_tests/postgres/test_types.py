@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from datetime import datetime
+from datetime import date, datetime
 from typing import Any
 
 import pytest
@@ -39,6 +39,7 @@ VALUES: dict[Kind, list[Any]] = {
     Kind.INTEGER: [0, -1, 1, None],
     Kind.FLOAT: [0.0, -0.0, 0.1, 1.7976931348623157e308, 5e-324, float("nan"), float("inf"), float("-inf"), None],
     Kind.BOOLEAN: [True, False, None],
+    Kind.DATE: [date(1970, 1, 1), date(1, 1, 1), date(1900, 2, 28), date(2299, 12, 31), None],
     Kind.TIMESTAMP: [datetime.fromisoformat(time) if time else None for time in TIMES],
     Kind.TEXT_LIST: LISTS,
 }
