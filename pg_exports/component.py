@@ -18,13 +18,14 @@ _VARIABLE = re.compile(r"\{\{\s*env\.(\w+)\s*\}\}")
 def as_written(context: dg.ResolutionContext, value: Any) -> Any:
     """A YAML value with its templates filled in; reading it is the field's own business.
 
-    What is no template stays the text that it is: Dagster would make a number of "1e5", and a list of "[a]".
+    What is no template stays the text that it is: Dagster would make a number of "1e5", and a list of "[1]".
     """
     if isinstance(value, Mapping):
         return {name: as_written(context, each) for name, each in value.items()}
     if isinstance(value, list):
         return [as_written(context, each) for each in value]
-    return context.resolve_value(value) if isinstance(value, str) and "{" in value else value
+    is_template = isinstance(value, str) and ("{{" in value or "{%" in value)
+    return context.resolve_value(value) if is_template else value
 
 
 class SettingsComponent(dg.Component, dg.Model, dg.Resolvable):

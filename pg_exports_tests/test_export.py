@@ -21,6 +21,7 @@ from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, materialise, partition_key
+from pg_exports_tests.source_rows import event
 from pg_exports_tests.yaml_exports import REQUIRED, Load, assets, project, refusal, said, yaml
 
 HOUR = timedelta(hours=1)
@@ -117,6 +118,23 @@ def test_start_may_be_a_date_or_a_datetime_in_python(start: date) -> None:
     partitions = asset(python(start=start)).partitions_def
     assert isinstance(partitions, dg.TimeWindowPartitionsDefinition)
     assert partitions.start == datetime(2026, 11, 20, tzinfo=UTC)
+
+
+def test_a_text_in_yaml_that_looks_like_something_else_stays_a_text(
+    load: Load, source: Source, target: Target, hour: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANOTHER", "purchase")
+    names = ["123", "1e5", "[1]", '{"a": 1}', "None", "True", "{{ env.ANOTHER }}"]
+    for name in [*(name for name in names if "env" not in name), "purchase", "other"]:
+        source.insert("events", event(hour, event=name))
+    definitions = load(yaml(team_id=TEAM, start=f"{hour:%Y-%m-%d}", schema=target.schema, include_events=names))
+    postgres = target.resource()
+    mine = {"clickhouse": source.resource(), "postgres_io_manager": PostgresIOManager(postgres=postgres)}
+    loaded = dg.Definitions.merge(definitions, dg.Definitions(resources=mine))
+    result = loaded.resolve_implicit_global_asset_job_def().execute_in_process(partition_key=partition_key(hour))
+    assert result.success
+    landed = {name for (name,) in target.rows("SELECT event FROM events")}
+    assert landed == {*names, "purchase"} - {"{{ env.ANOTHER }}"}
 
 
 def test_two_exports_of_a_model_stand_side_by_side(load: Load) -> None:

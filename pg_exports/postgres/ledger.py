@@ -145,21 +145,11 @@ LEFT JOIN found USING (number)
 ORDER BY number
 """
 
-_FINGERPRINTS = """
+_COMMITTED = """
 SELECT
     (extract(epoch FROM interval_start) * 1000000)::bigint,
     (extract(epoch FROM interval_end) * 1000000)::bigint,
-    fingerprint
-FROM {ledger}
-WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4 AND export = $5
-    AND interval_start >= $6::text::timestamptz AND interval_end <= $7::text::timestamptz
-"""
-
-
-_HISTORY = """
-SELECT
-    (extract(epoch FROM interval_start) * 1000000)::bigint,
-    (extract(epoch FROM interval_end) * 1000000)::bigint,
+    fingerprint,
     rows_at_source
 FROM {ledger}
 WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4 AND export = $5
@@ -314,12 +304,28 @@ def exists(session: Session, schema: str) -> bool:
     return bool(found)
 
 
+Bounds = tuple[datetime, datetime]
+"""Start and end of an interval."""
+
+
 def fingerprints(
     session: Session, table: DestinationTable, export: str, team_id: int, span: Interval
-) -> dict[tuple[datetime, datetime], str]:
-    """The fingerprints of an export's intervals within a span that were committed to the table, by their bounds."""
+) -> dict[Bounds, str]:
+    """The fingerprints of an export's intervals within a span that were committed to the table."""
+    committed = _committed(session, table, export, team_id, span)
+    return {bounds: fingerprint for bounds, (fingerprint, _) in committed.items() if fingerprint}
+
+
+def history(session: Session, table: DestinationTable, export: str, team_id: int, span: Interval) -> dict[Bounds, int]:
+    """Rows at the source of an export's intervals within a span that were committed to the table."""
+    return {bounds: rows for bounds, (_, rows) in _committed(session, table, export, team_id, span).items()}
+
+
+def _committed(
+    session: Session, table: DestinationTable, export: str, team_id: int, span: Interval
+) -> dict[Bounds, tuple[str, int]]:
     rows = session.rows(
-        _FINGERPRINTS.format(ledger=quoted(table.destination.schema, TABLE)),
+        _COMMITTED.format(ledger=quoted(table.destination.schema, TABLE)),
         *table.identity,
         team_id,
         export,
@@ -328,31 +334,12 @@ def fingerprints(
         doing="reading the ledger",
     )
     return {
-        (moment(int(str(start))), moment(int(str(end)))): str(fingerprint)
-        for start, end, fingerprint in rows
-        if fingerprint
+        (moment(int(str(start))), moment(int(str(end)))): (str(fingerprint or ""), int(str(count)))
+        for start, end, fingerprint, count in rows
     }
 
 
-def history(
-    session: Session, table: DestinationTable, export: str, team_id: int, span: Interval
-) -> dict[tuple[datetime, datetime], int]:
-    """Rows at the source of an export's intervals within a span that were committed to the table, by their bounds."""
-    rows = session.rows(
-        _HISTORY.format(ledger=quoted(table.destination.schema, TABLE)),
-        *table.identity,
-        team_id,
-        export,
-        span.start,
-        span.end,
-        doing="reading the ledger",
-    )
-    return {(moment(int(str(start))), moment(int(str(end)))): int(str(count)) for start, end, count in rows}
-
-
-def gaps(
-    session: Session, table: DestinationTable, export: str, team_id: int, since: datetime
-) -> list[tuple[datetime, datetime]]:
+def gaps(session: Session, table: DestinationTable, export: str, team_id: int, since: datetime) -> list[Bounds]:
     """Bounds of the time between two of an export's intervals that none of its intervals covers, oldest first."""
     rows = session.rows(
         _GAPS.format(ledger=quoted(table.destination.schema, TABLE)),
