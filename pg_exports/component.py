@@ -81,6 +81,21 @@ class SettingsComponent(dg.Component, dg.Model, dg.Resolvable):
         return create_model(f"{cls.__name__}Model", __base__=(RefusingWithoutValues, cls.model()))
 
 
+def read_part(kind: type[BaseModel], value: Any, where: str = "") -> Any:
+    """A mapping as one of these, for a field's validator; anything else is left to the field's own type.
+
+    Raises:
+        ValueError: what is wrong with it, behind `where`. As text: a nested pydantic error would print the values beside the
+            field at fault, and a password may be one.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    try:
+        return kind(**value)
+    except ValidationError as error:
+        raise ValueError(f"{where}{sentence(error)}") from None
+
+
 def sentence(error: ValidationError) -> str:
     """A pydantic error in one line, without the values, which may be secrets. Of an attribute's problems the first."""
     problems: dict[str, str] = {}

@@ -13,12 +13,12 @@ from weakref import WeakKeyDictionary
 
 import dagster as dg
 from dagster.components.core.defs_module import ComponentPath
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from pg_exports import checks, connection_check, late_events, lineage
 from pg_exports.checks import volume
 from pg_exports.clickhouse import ClickHouseResource
-from pg_exports.component import SettingsComponent, as_written, sentence
+from pg_exports.component import SettingsComponent, as_written, read_part
 from pg_exports.connection_check import Setup
 from pg_exports.errors import SettingsError
 from pg_exports.interval import Deduplicate, Interval, IntervalFrames, OnBadRows
@@ -217,19 +217,19 @@ class PostgresExport(SettingsComponent):
     @field_validator("connection", mode="before")
     @classmethod
     def _read_inline_connection(cls, value: Any) -> Any:
-        return _read(InlineConnection, value)
+        return read_part(InlineConnection, value)
 
     @field_validator("exported_model", mode="before")
     @classmethod
     def _read_own_model(cls, value: Any) -> Any:
-        return _read(OwnModel, value)
+        return read_part(OwnModel, value)
 
     @field_validator("filters", mode="before")
     @classmethod
     def _read_filters(cls, value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             return value
-        return [_read(PropertyFilter, each, f"number {number}: ") for number, each in enumerate(value, start=1)]
+        return [read_part(PropertyFilter, each, f"number {number}: ") for number, each in enumerate(value, start=1)]
 
     @field_validator("columns", mode="before")
     @classmethod
@@ -239,7 +239,7 @@ class PostgresExport(SettingsComponent):
         for name, change in value.items():
             if not isinstance(change, (bool, str, Mapping, AddedColumn)):
                 raise ValueError(f"{name}: must be false, true, a name, or an expression with its type")
-        return {name: _read(AddedColumn, change, f"{name}: ") for name, change in value.items()}
+        return {name: read_part(AddedColumn, change, f"{name}: ") for name, change in value.items()}
 
     @model_validator(mode="after")
     def _check(self) -> "PostgresExport":
@@ -463,14 +463,3 @@ class PostgresExport(SettingsComponent):
             **({io.TEAM_ID: self.team_id} if self.team_id else {}),
             **({io.INSERTED_AT: inserted_at} if self.exported_model == "events" and inserted_at else {}),
         }
-
-
-def _read(kind: type[BaseModel], value: Any, where: str = "") -> Any:
-    """A mapping as one of these; anything else is left to the field's own type."""
-    if not isinstance(value, Mapping):
-        return value
-    try:
-        return kind(**value)
-    except ValidationError as error:
-        # As text: a nested pydantic error would print the values beside the field at fault, and a password may be one.
-        raise ValueError(f"{where}{sentence(error)}") from None

@@ -9,6 +9,7 @@ import dagster as dg
 import pytest
 
 from pg_exports import PostgresExport
+from pg_exports.errors import PassingError
 from pg_exports.partitions import IntervalLength
 from pg_exports.postgres import progress
 from pg_exports.postgres.progress import Progress
@@ -193,6 +194,21 @@ def test_lines_of_progress_are_half_a_minute_apart(
         f"events: {rows:,} of 10,000 rows, 50 rows/s, about {(10_000 - rows) // 50} s left"
         for rows in (1_500, 3_000, 4_500)
     ]
+
+
+def test_a_run_whose_rows_cannot_be_counted_goes_on_and_tells_its_rate_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def count() -> int:
+        raise PassingError("Too many simultaneous queries.")
+
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(progress, "EVERY", 0.0)
+        telling = Progress("events", count, logging.getLogger("progress"))
+        for rows in (100, 200):
+            telling.tell(rows)
+    why, *lines = [record.getMessage() for record in caplog.records]
+    assert "Too many simultaneous queries." in why
+    assert [line.partition(" rows, ")[0] for line in lines] == ["events: 100", "events: 200"]
+    assert not any("left" in line for line in lines)
 
 
 # Freshness

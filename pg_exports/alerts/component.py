@@ -9,11 +9,11 @@ from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import dagster as dg
-from pydantic import BaseModel, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
 from pg_exports.alerts import watch
 from pg_exports.alerts.channels import Alert, Channel, Email, Webhook
-from pg_exports.component import SettingsComponent, as_written, sentence
+from pg_exports.component import SettingsComponent, as_written, read_part
 from pg_exports.errors import PassingError, SettingsError
 
 SECONDS_BETWEEN = 60
@@ -103,13 +103,7 @@ class ExportAlerts(SettingsComponent):
     @field_validator("email", mode="before")
     @classmethod
     def _read_email(cls, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        try:
-            return Email(**value)
-        except ValidationError as error:
-            # As text: a nested pydantic error would print the password beside the field at fault.
-            raise ValueError(sentence(error)) from None
+        return read_part(Email, value)
 
     @field_validator("webserver_url")
     @classmethod

@@ -4,6 +4,8 @@ import logging
 import time
 from collections.abc import Callable
 
+from pg_exports.errors import PassingError, SourceError
+
 EVERY = 30.0
 """Seconds between two lines. What takes less has none."""
 
@@ -27,15 +29,23 @@ class Progress:
         if time.monotonic() - self._said < EVERY:
             return
         if self._total is None:
-            self._total = self._count()
+            self._total = self._counted()
         now = time.monotonic()
         rate = rows / (now - self._began)
-        left = max(0, self._total - rows)
-        self._log.info(
-            f"{self._what}: {rows:,} of {max(rows, self._total):,} rows, {rate:,.0f} rows/s, "
-            f"about {left / max(rate, 1):,.0f} s left"
-        )
+        of, left = "", ""
+        if self._total:
+            of = f" of {max(rows, self._total):,}"
+            left = f", about {max(0, self._total - rows) / max(rate, 1):,.0f} s left"
+        self._log.info(f"{self._what}: {rows:,}{of} rows, {rate:,.0f} rows/s{left}")
         self._said = now
+
+    def _counted(self) -> int:
+        """The number of rows that there are; 0 where it is not to be had, which is no reason to end a run that works."""
+        try:
+            return self._count()
+        except (SourceError, PassingError) as error:
+            self._log.info(f"{self._what}: how many rows there are was not to be found out. {error}")
+            return 0
 
     def merging(self) -> None:
         """All rows are in the staging table."""
