@@ -30,9 +30,12 @@ from pg_exports.postgres.table import Destination
 from pg_exports.postgres.tls import SYSTEM, VerifyServerIdentity
 from pg_exports.reader import Reader
 from pg_exports.scaffold import ExportScaffolder
-from pg_exports.schedule import freshness, schedule
+from pg_exports.schedule import backfill_policy, freshness, schedule
 
 OWNER = "team:pg_exports"
+
+MAX_PARTITIONS_PER_RUN = 720
+"""Intervals of a backfill's run where an export does not say."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -180,6 +183,10 @@ class PostgresExport(SettingsComponent):
         description="An event that ClickHouse received in two intervals lands in each of them (interval), or once in the "
         "whole table (table).",
     )
+    max_partitions_per_run: int = Field(
+        default=MAX_PARTITIONS_PER_RUN,
+        description="A backfill goes in runs of so many intervals at most, which workers share; one that fails costs no other.",
+    )
     paused: bool = Field(default=False, description="The schedule starts stopped.")
 
     @classmethod
@@ -272,6 +279,8 @@ class PostgresExport(SettingsComponent):
             raise ValueError(f"`filters`: {error}") from None
         if model.merge and self.deduplicate != "interval":
             raise ValueError("`deduplicate: table` is for `model: events`; persons and sessions are merged")
+        if self.max_partitions_per_run < 1:
+            raise ValueError("`max_partitions_per_run` must be 1 or more")
         if isinstance(self.connection, InlineConnection) and self.database is None:
             raise ValueError("`database` is required with an inline `connection`")
         return self
@@ -371,7 +380,7 @@ class PostgresExport(SettingsComponent):
                 owners=[OWNER],
                 deps=[lineage.source(table) for table in model.source_tables],
                 partitions_def=partitions,
-                backfill_policy=dg.BackfillPolicy.single_run(),
+                backfill_policy=backfill_policy(self.max_partitions_per_run),
                 freshness_policy=None if self.paused else freshness(self.interval),
                 pool=self._connection_key(),
                 check_specs=checks.specs(self.key),

@@ -1,10 +1,11 @@
-"""When an export runs by itself, and how old its newest interval may be."""
+"""When an export runs by itself, how old its newest interval may be, and in how many runs a backfill goes."""
 
 from collections.abc import Mapping
 from datetime import date, datetime, timedelta
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext, DefinitionsLoadType
 
 from pg_exports.partitions import Grid, IntervalLength
 
@@ -53,3 +54,15 @@ def freshness(interval: IntervalLength) -> dg.FreshnessPolicy:
     return dg.FreshnessPolicy.time_window(
         warn_window=1.5 * length + timedelta(minutes=5), fail_window=2.5 * length + timedelta(minutes=10)
     )
+
+
+def backfill_policy(max_partitions_per_run: int) -> dg.BackfillPolicy:
+    """Runs of so many intervals for a backfill, which the daemon launches; one run for a range that `dg launch` is given.
+
+    `dg launch` refuses ranges of an asset whose backfills may take several runs. A code server, whose definitions the UI
+    and the daemon read, says that it loads them for that; a process that executes them does not.
+    """
+    is_code_server = (
+        DefinitionsLoadContext.is_set() and DefinitionsLoadContext.get().load_type is DefinitionsLoadType.INITIALIZATION
+    )
+    return dg.BackfillPolicy.multi_run(max_partitions_per_run) if is_code_server else dg.BackfillPolicy.single_run()
