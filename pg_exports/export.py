@@ -37,6 +37,9 @@ OWNER = "team:pg_exports"
 MAX_PARTITIONS_PER_RUN = 720
 """Intervals of a backfill's run where an export does not say."""
 
+MAX_STREAMS = 16
+"""Most connections of one export."""
+
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -185,7 +188,13 @@ class PostgresExport(SettingsComponent):
     )
     max_partitions_per_run: int = Field(
         default=MAX_PARTITIONS_PER_RUN,
-        description="A backfill goes in runs of so many intervals at most, which workers share; one that fails costs no other.",
+        description="A backfill goes in runs of so many intervals at most: workers share them, and one that fails costs no "
+        "other.",
+    )
+    streams: int = Field(
+        default=1,
+        description="Connections over which the rows of one interval are read and copied side by side, 1 to 16; as many as "
+        "the pool has free. For intervals of millions of rows and a Postgres with cores to spare.",
     )
     paused: bool = Field(default=False, description="The schedule starts stopped.")
 
@@ -281,6 +290,12 @@ class PostgresExport(SettingsComponent):
             raise ValueError("`deduplicate: table` is for `model: events`; persons and sessions are merged")
         if self.max_partitions_per_run < 1:
             raise ValueError("`max_partitions_per_run` must be 1 or more")
+        if not 1 <= self.streams <= MAX_STREAMS:
+            raise ValueError(f"`streams` must be 1 to {MAX_STREAMS}")
+        if self.streams > 1 and self.deduplicate == "table":
+            raise ValueError(
+                "`streams` are for `deduplicate: interval`: an event may be in several intervals otherwise"
+            )
         if isinstance(self.connection, InlineConnection) and self.database is None:
             raise ValueError("`database` is required with an inline `connection`")
         return self
@@ -363,6 +378,7 @@ class PostgresExport(SettingsComponent):
                 source=self.source(clickhouse, {"run_id": context.run_id}, context.log),
                 on_bad_rows=self.on_bad_rows,
                 deduplicate=self.deduplicate,
+                streams=self.streams,
                 history=volume.history(asked[0]),
                 replay=config.replay,
             )

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 import polars as pl
 
 from pg_exports.fingerprint import Fingerprint
-from pg_exports.models import Model
-from pg_exports.models.model import microseconds
+from pg_exports.models import Model, Part
+from pg_exports.models.model import WHOLE, microseconds
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,19 @@ class Seconds:
     copy: float = 0
     merge: float = 0
 
+    def __add__(self, other: "Seconds") -> "Seconds":
+        return Seconds(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
 
 class Source(Protocol):
     """Where an export's rows come from. All intervals that are asked for together follow each other."""
 
     def read(
-        self, intervals: Sequence[Interval], columns: Collection[str]
+        self, intervals: Sequence[Interval], columns: Collection[str], part: Part = WHOLE
     ) -> AbstractContextManager[Iterator[pl.DataFrame]]:
         """Frames with the model's columns, of the optional ones those that are asked for, and `INTERVAL`. Nothing is read
-        before the block is entered; it raises where the intervals cannot be read to their end.
+        before the block is entered; it raises where the intervals cannot be read to their end. When the block ends early,
+        whoever reads the frames in another thread is interrupted.
         """
         ...
 
@@ -163,6 +167,7 @@ class IntervalFrames:
         source: reads some of the intervals.
         on_bad_rows: what becomes of rows that Postgres cannot hold.
         deduplicate: whether an appended row may land once in each interval or once in the whole table.
+        streams: connections over which one interval is read and copied, if its pool has so many.
         history: how long before the first interval the ledger is read, for what is usual.
         replay: to ask the table itself which rows it lacks, instead of what earlier runs recorded.
         findings: what the IO manager finds on the way.
@@ -175,6 +180,7 @@ class IntervalFrames:
     source: Source
     on_bad_rows: OnBadRows
     deduplicate: Deduplicate
+    streams: int = 1
     history: timedelta = timedelta(0)
     replay: bool = False
     findings: Findings = field(default_factory=Findings)

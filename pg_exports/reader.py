@@ -14,8 +14,8 @@ import polars as pl
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Interval
-from pg_exports.models import Model, Query, Selection
-from pg_exports.models.model import moment
+from pg_exports.models import Model, Part, Query, Selection
+from pg_exports.models.model import WHOLE, moment
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,9 @@ class Reader:
     _sent: dict[Interval, list[str]] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def read(self, intervals: Sequence[Interval], columns: Collection[str]) -> Iterator[Iterator[pl.DataFrame]]:
+    def read(
+        self, intervals: Sequence[Interval], columns: Collection[str], part: Part = WHOLE
+    ) -> Iterator[Iterator[pl.DataFrame]]:
         """See `Source`."""
         first, *others = self._questions(intervals)
         answer = contextlib.ExitStack()
@@ -48,7 +50,7 @@ class Reader:
             answer.close()
             return answer.enter_context(
                 self.clickhouse.frames(
-                    self._query(self._selected(some)),
+                    self._query(replace(self._selected(some), part=part)),
                     self.model,
                     columns=columns,
                     log_comment=self._comment(some),

@@ -16,6 +16,7 @@ from pg_exports.models.model import (
     Kind,
     Merge,
     Model,
+    Part,
     Query,
     Selection,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "Merge",
     "Model",
     "OwnModel",
+    "Part",
     "PropertyFilter",
     "Query",
     "Selection",

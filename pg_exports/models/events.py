@@ -130,6 +130,8 @@ def _query(sql: str, selection: Selection) -> Query:
         parameters["exclude_events"] = list(selection.exclude_events)
     on_properties = filters.conditions(selection.filters, _DOCUMENTS)
     written = "".join(f"\n    AND {condition}" for condition in (*conditions, *on_properties.sql))
+    # Behind the name, a large part of the table's sorting key: ClickHouse reads about a part's share of the rows.
+    written += selection.part.condition("cityHash64(e.distinct_id)")
     return Query(sql.replace("\n    __EVENT_FILTERS__", written), parameters | on_properties.parameters)
 
 

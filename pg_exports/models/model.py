@@ -131,6 +131,36 @@ class Merge:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One of the parts that the rows of an interval fall into, by a hash of what identifies them: `number` (from 0) of
+    `count`. All parts together are all rows, each once.
+    """
+
+    number: int = 0
+    count: int = 1
+
+    def condition(self, hashed: str) -> str:
+        """The ClickHouse condition that rows of this part fulfil; none where there is but one.
+
+        Args:
+            hashed: an expression of type UInt64. As a range of it, which a sorting key that has it can be searched by.
+        """
+        return f"\n    AND {hashed} BETWEEN {{part_first:UInt64}} AND {{part_last:UInt64}}" if self.count > 1 else ""
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The query parameters of `condition`."""
+        if self.count == 1:
+            return {}
+        first, end = (number * 2**64 // self.count for number in (self.number, self.number + 1))
+        return {"part_first": first, "part_last": end - 1}
+
+
+WHOLE = Part()
+"""All of an interval's rows."""
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which rows of a model to read: one team, insertion times in UTC, and filters on event names and properties.
 
@@ -141,6 +171,7 @@ class Selection:
         starts: the beginning of each interval that the selection consists of, ascending, the first being `start`; empty
             for the one interval from `start`.
         filters: on properties; a row must pass all of them.
+        part: which of the rows, where several queries share them.
     """
 
     team_id: int
@@ -150,6 +181,7 @@ class Selection:
     exclude_events: tuple[str, ...] = ()
     starts: tuple[datetime, ...] = ()
     filters: tuple[PropertyFilter, ...] = ()
+    part: Part = WHOLE
 
     @property
     def parameters(self) -> dict[str, object]:
@@ -159,6 +191,7 @@ class Selection:
             "interval_start": _clickhouse_time(self.start),
             "interval_end": _clickhouse_time(self.end),
             "boundaries": [microseconds(start) for start in self.starts or (self.start,)],
+            **self.part.parameters,
         }
 
 

@@ -137,7 +137,9 @@ class OwnModel(BaseModel):
     def _query(self, selection: Selection) -> Query:
         latest = ", ".join(f"{backquoted(name)} DESC NULLS LAST" for name in self.version)
         order = f"ORDER BY {latest}\n" if self.version else ""
-        return _bound(f"{self._rows()}{order}LIMIT 1 BY {_names(self.key)}\n", selection)
+        part = selection.part.condition(self._hash())
+        where = f"WHERE 1{part}\n" if part else ""
+        return _bound(f"{self._rows()}{where}{order}LIMIT 1 BY {_names(self.key)}\n", selection)
 
     def _fingerprints(self, selection: Selection) -> Query:
         sql = f"""
@@ -156,8 +158,7 @@ GROUP BY {INTERVAL}
             f"        {value(column.kind, f'own.{backquoted(column.name)}', column.name)} AS {backquoted(column.name)}"
             for column in _columns(self.columns)
         )
-        # A tuple's text tells NULL from an empty text, which a hash of its values does not in every version.
-        identity = "" if self.version else f"\n    cityHash64(toString(tuple({_names(self.key)}))) AS {IDENTITY},"
+        identity = "" if self.version else f"\n    {self._hash()} AS {IDENTITY},"
         return f"""
 SELECT
     *,{identity}
@@ -170,6 +171,10 @@ FROM (
     ) AS own
 )
 """
+
+    def _hash(self) -> str:
+        # A tuple's text tells NULL from an empty text, which a hash of its values does not in every version.
+        return f"cityHash64(toString(tuple({_names(self.key)})))"
 
 
 def _columns(types: dict[str, str]) -> Iterator[Column]:

@@ -53,7 +53,7 @@ WITH
                 UNION DISTINCT
                 SELECT distinct_id FROM person_distinct_id2
                 WHERE team_id = {team_id:Int64} AND person_id GLOBAL IN (SELECT person_id FROM touched_persons)
-            )
+            ) __PART__
         GROUP BY pdi.distinct_id
         HAVING notEmpty(intervals) OR person_id GLOBAL IN (SELECT person_id FROM touched_persons)
     ),
@@ -96,7 +96,8 @@ def query(selection: Selection) -> Query:
     """Every distinct_id, in its latest state, for each interval in which its mapping or its person has a row."""
     on_properties = filters.conditions(selection.filters, _DOCUMENTS)
     where = "WHERE " + "\n    AND ".join(on_properties.sql) + "\n" if on_properties.sql else ""
-    return Query(SQL + where, selection.parameters | on_properties.parameters)
+    sql = SQL.replace(" __PART__", selection.part.condition("cityHash64(pdi.distinct_id)"))
+    return Query(sql + where, selection.parameters | on_properties.parameters)
 
 
 PERSONS = Model(

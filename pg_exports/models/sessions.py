@@ -46,7 +46,7 @@ WITH
         FROM raw_sessions
         WHERE team_id = {team_id:Int64}
             AND max_inserted_at >= {interval_start:DateTime64(6, 'UTC')}
-            AND max_inserted_at < {interval_end:DateTime64(6, 'UTC')}
+            AND max_inserted_at < {interval_end:DateTime64(6, 'UTC')} __PART__
     ),
     sessions AS (
         SELECT
@@ -129,12 +129,18 @@ _STATEMENT = (
 
 def query(selection: Selection) -> Query:
     """Sessions whose last insertion is in one of the intervals, each whole."""
-    return Query(_STATEMENT.replace("__CHANNEL_TYPE__", channel_type.SQL), selection.parameters)
+    return _query(selection, channel_type.SQL)
 
 
 def query_without_channel_types(selection: Selection) -> Query:
     """The same for a source without the dictionary of channels: `channel_type` is NULL."""
-    return Query(_STATEMENT.replace("__CHANNEL_TYPE__", "CAST(NULL AS Nullable(String))"), selection.parameters)
+    return _query(selection, "CAST(NULL AS Nullable(String))")
+
+
+def _query(selection: Selection, channel_type_sql: str) -> Query:
+    part = selection.part.condition("cityHash64(session_id_v7)")
+    sql = _STATEMENT.replace("__CHANNEL_TYPE__", channel_type_sql).replace(" __PART__", part)
+    return Query(sql, selection.parameters)
 
 
 def _of(*columns: str) -> tuple[str, ...]:

@@ -1,10 +1,11 @@
 """The IO manager: writes an export's intervals to its table, each in one transaction, and reads the table back."""
 
+import contextlib
 import functools
 import itertools
 import operator
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from pydantic import PrivateAttr
 from pg_exports import lineage
 from pg_exports.errors import PassingError, SettingsError
 from pg_exports.interval import SAMPLE, Counts, Interval, IntervalFrames, spanned
+from pg_exports.pool import further_slots
 from pg_exports.postgres import ledger, rejected, writer
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
@@ -93,7 +95,10 @@ class PostgresIOManager(dg.ConfigurableIOManager):
 
     def _write(self, context: dg.OutputContext, export: IntervalFrames, progress: "_Progress") -> None:
         destination = destination_of(context.definition_metadata)
-        with self.postgres.session(destination.database, context.log) as session:
+        with (
+            self.postgres.session(destination.database, context.log) as session,
+            self._further_sessions(context, destination, export) as others,
+        ):
             with session.transaction():
                 table = tables.ensure(session, destination, export.model, key_index=export.deduplicate == "table")
                 ledger.ensure(session, destination.schema)
@@ -103,7 +108,7 @@ class PostgresIOManager(dg.ConfigurableIOManager):
                 some = _together(todo, together, progress.alone)
                 began = time.monotonic()
                 try:
-                    outcome = writer.write(session, destination, export, some, context.run_id, context.log)
+                    outcome = writer.write(session, destination, export, some, context.run_id, context.log, others)
                 except Exception as error:
                     if len(some) == 1:
                         raise
@@ -116,6 +121,20 @@ class PostgresIOManager(dg.ConfigurableIOManager):
                 todo = todo[len(outcome.counts) :]
                 together = _next_together(outcome.counts)
             _look_back(session, destination, export)
+
+    @contextlib.contextmanager
+    def _further_sessions(
+        self, context: dg.OutputContext, destination: Destination, export: IntervalFrames
+    ) -> Iterator[list[Session]]:
+        """The connections of an export with several streams beside its first one: as many as its pool has slots for."""
+        with contextlib.ExitStack() as opened:
+            asked = export.streams - 1
+            slots = opened.enter_context(further_slots(context, asked))
+            if slots < asked:
+                context.log.info(
+                    f"{export.export} has {slots + 1} of {export.streams} streams: its pool has no more slots."
+                )
+            yield [opened.enter_context(self.postgres.session(destination.database)) for _ in range(slots)]
 
     def _note(
         self,

@@ -25,6 +25,9 @@ class Merged:
     updated: int
     missing: int = 0
 
+    def __add__(self, other: "Merged") -> "Merged":
+        return Merged(self.inserted + other.inserted, self.updated + other.updated, self.missing + other.missing)
+
 
 HASH_BYTES = 128 * 1024 * 1024
 """Memory of the server's that a merge may take to look its rows up by, where the server's settings give less: with the usual

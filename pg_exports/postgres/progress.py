@@ -1,6 +1,7 @@
 """How far a long transaction has come, in the log: now and then, not for each piece."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -23,11 +24,20 @@ class Progress:
         self._what, self._count, self._log = what, count, log
         self._began = self._said = time.monotonic()
         self._total: int | None = None
+        self._rows: dict[int, int] = {}
+        self._saying = threading.Lock()
 
-    def tell(self, rows: int) -> None:
-        """So many rows have been dealt with."""
-        if time.monotonic() - self._said < EVERY:
+    def tell(self, rows: int, part: int = 0) -> None:
+        """So many rows of a part have been dealt with. Any thread may say so."""
+        self._rows[part] = rows
+        if time.monotonic() - self._said < EVERY or not self._saying.acquire(blocking=False):
             return
+        try:
+            self._say(sum(self._rows.values()))
+        finally:
+            self._saying.release()
+
+    def _say(self, rows: int) -> None:
         if self._total is None:
             self._total = self._counted()
         now = time.monotonic()

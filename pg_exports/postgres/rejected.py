@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS {rejected} (
 
 _RESOLVE = """
 UPDATE {rejected} SET resolved_at = clock_timestamp()
-WHERE destination = $1 AND export = $2 AND resolved_at IS NULL AND (interval_start, interval_end) IN (
+WHERE destination = $1 AND export = $2 AND resolved_at IS NULL AND run_id <> $5 AND (interval_start, interval_end) IN (
     SELECT * FROM unnest($3::text[]::timestamptz[], $4::text[]::timestamptz[])
 )
 """
@@ -64,14 +64,15 @@ def ensure(session: Session, schema: str) -> None:
     tables.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
 
 
-def resolve(session: Session, table: DestinationTable, export: str, intervals: Sequence[Interval]) -> None:
-    """Take the intervals' rejected rows for resolved, before they are written again; `keep` reopens those that are not."""
+def resolve(session: Session, table: DestinationTable, export: str, intervals: Sequence[Interval], run_id: str) -> None:
+    """Take the intervals' rejected rows for resolved that this run, which has written the intervals, did not set aside."""
     session.execute(
         _RESOLVE.format(rejected=quoted(table.destination.schema, TABLE)),
         table.destination.table,
         export,
         [interval.start.isoformat() for interval in intervals],
         [interval.end.isoformat() for interval in intervals],
+        run_id,
         doing="resolving rejected rows",
     )
 

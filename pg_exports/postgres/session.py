@@ -151,6 +151,11 @@ class Session:
 
         return self._bounded(send)
 
+    def cancel(self) -> None:
+        """From another thread: end the statement that is running, if one is, with an error."""
+        with contextlib.suppress(dbapi.Error):
+            self._connection.adbc_cancel()
+
     def explain(self, error: dbapi.Error, doing: str) -> NoReturn:
         """Raise the error that a user sees for one of the driver's.
 
@@ -193,8 +198,7 @@ class Session:
                 return running.result()
             finally:
                 while not running.done():
-                    with contextlib.suppress(dbapi.Error):
-                        self._connection.adbc_cancel()
+                    self.cancel()
                     wait([running], timeout=1)
 
     def _roll_back(self) -> None:

@@ -140,10 +140,14 @@ def exists(session: Session, destination: Destination) -> bool:
     return _relation(session, destination) is not None
 
 
-def lock(session: Session, destination: Destination) -> None:
-    """Keep TRUNCATE, DROP and ALTER TABLE away from the table until the transaction ends; the partitions' own ones too."""
+def lock(session: Session, destination: Destination, *, wait: bool = True) -> None:
+    """Keep TRUNCATE, DROP and ALTER TABLE away from the table until the transaction ends; the partitions' own ones too.
+
+    Raises:
+        PassingError: one of these has the table, for longer than `LOCK_TIMEOUT`; at once without `wait`.
+    """
     session.execute(
-        f"LOCK TABLE {destination.qualified} IN ROW EXCLUSIVE MODE",
+        f"LOCK TABLE {destination.qualified} IN ROW EXCLUSIVE MODE{'' if wait else ' NOWAIT'}",
         doing=f"waiting for the table {destination.qualified}",
         patience=LOCK_TIMEOUT,
     )

@@ -2,7 +2,7 @@
 compared.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import cast
@@ -29,6 +29,7 @@ class Tally:
         known: rows that the journals know.
         copied: rows that COPY took; `repaired` of them were; their size as Arrow in `bytes`.
         rejected: rows that were set aside; `examples` has some of them.
+        absent: rows of parts that are not in, beside those that are known.
         merged: what the merge did with those that were copied.
         times: the first and the last of the rows' own times, of those that were read.
     """
@@ -40,6 +41,7 @@ class Tally:
     copied: int = 0
     repaired: int = 0
     rejected: int = 0
+    absent: int = 0
     bytes: int = 0
     fingerprint: Fingerprint = field(init=False)
     merged: Merged = field(default_factory=lambda: Merged(0, 0))
@@ -90,7 +92,28 @@ class Tally:
         if not self.model.fingerprints:
             return Written(counts, None, 0)
         # Rows that did not stay must be sent again: then the journals do not count, and the table is asked.
-        return Written(counts, self.fingerprint, ledger.UNKNOWN if missing else past.keys + self.copied)
+        is_known = missing == self.absent
+        return Written(counts, self.fingerprint, past.keys + self.copied if is_known else ledger.UNKNOWN)
+
+
+def combined(parts: Sequence[Tally], others: Sequence[Tally] = ()) -> Tally:
+    """What became of an interval of which these parts are in, while the others were read only."""
+    tally = Tally(parts[0].interval, parts[0].model)
+    for part in (*parts, *others):
+        tally.at_source += part.at_source
+        tally.known += part.known
+        tally.fingerprint += part.fingerprint
+        times = (*(tally.times or ()), *(part.times or ()))
+        tally.times = (min(times), max(times)) if times else None
+    for part in parts:
+        tally.copied += part.copied
+        tally.repaired += part.repaired
+        tally.rejected += part.rejected
+        tally.bytes += part.bytes
+        tally.merged += part.merged
+        tally.examples += part.examples[: SAMPLE - len(tally.examples)]
+    tally.absent = sum(part.copied + part.rejected for part in others)
+    return tally
 
 
 def counted(frames: Iterable[pl.DataFrame], tallies: Mapping[int, Tally]) -> Iterator[pl.DataFrame]:

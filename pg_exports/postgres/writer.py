@@ -6,31 +6,25 @@ table, what the table itself lacks. Several intervals share a transaction where 
 are unchanged; any other has one to itself.
 """
 
-import contextlib
 import enum
+import functools
 import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Literal
-
-import polars as pl
 
 from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Seconds, spanned
-from pg_exports.models import IDENTITY
-from pg_exports.postgres import ingest, journal, ledger, merge, rejected
+from pg_exports.postgres import ledger, rejected, streams
 from pg_exports.postgres import table as tables
-from pg_exports.postgres.bad_rows import BadRow
-from pg_exports.postgres.journal import Journal, Sieve
 from pg_exports.postgres.ledger import Past, Written
-from pg_exports.postgres.merge import Merged
+from pg_exports.postgres.load import Load, Loading, may_go_straight_in
 from pg_exports.postgres.progress import Progress
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination, DestinationTable
-from pg_exports.postgres.tally import Tally, by_interval, counted
+from pg_exports.postgres.tally import combined
 
 
 @dataclass
@@ -59,13 +53,24 @@ def write(
     intervals: Sequence[Interval],
     run_id: str,
     log: logging.Logger,
+    others: Sequence[Session] = (),
 ) -> Outcome:
     """Bring the table to where one run of the first interval would have left it, and say so in the ledger; and likewise for
     the intervals that follow it, up to the first one that another run holds or that must be written in another way.
 
+    Args:
+        session: in no transaction.
+        destination: where to.
+        export: what, from where, and how.
+        intervals: oldest first.
+        run_id: of the run.
+        log: where to say what helps.
+        others: further sessions, for an interval that is written alone.
+
     Raises:
-        DestinationError, SourceError, PassingError: nothing was written. Where the answer to COMMIT was lost everything may
-            have been: the next try of the same run finds out, and gives the counts that it had.
+        DestinationError, SourceError, PassingError: nothing was written, or with `others` what the ledger says. Where the
+            answer to COMMIT was lost everything may have been: the next try of the same run finds out, and gives the counts
+            that it had.
     """
     started_at = datetime.now(UTC)
     outcome = Outcome()
@@ -80,24 +85,28 @@ def write(
         if way is _Way.WRITTEN:
             return Outcome({interval: counts for interval in alike if (counts := pasts[interval].by_this_run)})
         written = _unchanged(export, alike, pasts, outcome) if way is _Way.RECORDED else {}
-        if written:
-            rejected.resolve(session, table, export.export, list(written))
-        else:
-            together = alike if way in (_Way.STRAIGHT, _Way.MERGED) else alike[:1]
-            rejected.resolve(session, table, export.export, together)
-            written = _load(session, table, export, together, pasts, run_id, log, outcome)
-        ledger.record(
-            session,
-            table,
-            written,
+        record: _Record = functools.partial(
+            ledger.record,
+            table=table,
             export=export.export,
             team_id=export.team_id,
             rows_before=known[0].rows_before,
             run_id=run_id,
             started_at=started_at,
         )
+        if not written:
+            together = alike if way in (_Way.STRAIGHT, _Way.MERGED) else alike[:1]
+            progress = Progress(f"{export.export} {spanned(together)}", lambda: export.source.count(together), log)
+            loading = Loading(table, export, together, pasts, run_id, log, progress)
+            written = _load(session, others, loading, record, outcome)
+        rejected.resolve(session, table, export.export, list(written), run_id)
+        record(session, written=written)
     outcome.counts = {interval: what.counts for interval, what in written.items()}
     return outcome
+
+
+_Record = Callable[..., None]
+"""`ledger.record` of what is written, to be called with a session and `written`."""
 
 
 class _Way(enum.Enum):
@@ -111,26 +120,22 @@ class _Way(enum.Enum):
 
 
 def _way(export: IntervalFrames, table: DestinationTable, past: Past) -> _Way:
-    if past.by_this_run:
+    if past.by_this_run and not past.by_this_run.missing:
         return _Way.WRITTEN
     if export.model.merge:
         return _Way.MERGED
     if past.fingerprints and export.model.fingerprints and not export.replay:
         return _Way.RECORDED
-    return _Way.LACKING if past.has_interval or not _may_go_straight_in(export, table, past) else _Way.STRAIGHT
-
-
-def _may_go_straight_in(export: IntervalFrames, table: DestinationTable, past: Past) -> bool:
-    """Whether rows that no earlier run has brought are not in the table, and stay when COPY has taken them."""
-    return not (export.model.merge or past.rows_before or export.deduplicate == "table" or table.may_drop_rows)
+    return _Way.LACKING if past.has_interval or not may_go_straight_in(export, table, past) else _Way.STRAIGHT
 
 
 def _unchanged(
     export: IntervalFrames, intervals: Sequence[Interval], pasts: Mapping[Interval, Past], outcome: Outcome
 ) -> dict[Interval, Written]:
     """The intervals as they were written before, up to the first one of which the source has not the same rows now."""
-    with _timing(outcome, "source"):
-        fingerprints = export.source.fingerprints(intervals)
+    began = time.monotonic()
+    fingerprints = export.source.fingerprints(intervals)
+    outcome.seconds.source += time.monotonic() - began
     unchanged: dict[Interval, Written] = {}
     for interval, fingerprint in zip(intervals, fingerprints, strict=True):
         past = pasts[interval]
@@ -143,99 +148,32 @@ def _unchanged(
 
 
 def _load(
-    session: Session,
-    table: DestinationTable,
-    export: IntervalFrames,
-    intervals: Sequence[Interval],
-    pasts: Mapping[Interval, Past],
-    run_id: str,
-    log: logging.Logger,
-    outcome: Outcome,
+    session: Session, others: Sequence[Session], loading: Loading, record: _Record, outcome: Outcome
 ) -> dict[Interval, Written]:
-    """The intervals' rows from the source into the table."""
-    past = pasts[intervals[0]]
-    is_known = past.has_interval and past.is_journaled and not export.replay and bool(export.model.fingerprints)
-    there = journal.read(session, table, export.team_id, intervals[0]) if is_known else None
-    sieve = None if there is None or there.is_empty() else Sieve(there)
-    record = Journal(session, table, export.team_id, export.export, run_id)
-    tallies = {interval.position: Tally(interval, export.model) for interval in intervals}
-    progress = Progress(f"{export.export} {spanned(intervals)}", lambda: export.source.count(intervals), log)
-
-    def landed(rows: pl.DataFrame, repaired: pl.Series) -> None:
-        for start, some in by_interval(rows.with_columns(repaired.alias(_REPAIRED))):
-            tallies[start].add(some, some[_REPAIRED], table)
-            if IDENTITY in some.columns:
-                record.add(tallies[start].interval, some[IDENTITY])
-        progress.tell(sum(tally.copied + tally.rejected for tally in tallies.values()) + (sieve.known if sieve else 0))
-
-    def set_aside(rows: list[BadRow]) -> None:
-        for start, some in itertools.groupby(sorted(rows, key=_interval_of), key=_interval_of):
-            bad = list(some)
-            tallies[start].set_aside(bad)
-            rejected.keep(session, table, export.export, tallies[start].interval, run_id, bad)
-
-    def copy(into: str, interval_column: str | None = None) -> None:
-        with contextlib.ExitStack() as opened:
-            with _timing(outcome, "source"):
-                frames = opened.enter_context(export.source.read(intervals, table.column_names))
-            every = counted(frames, tallies)
-            new = sieve.sift(every) if sieve else every
-            copied = ingest.copy_frames(
-                session, table, into, new, export.on_bad_rows, set_aside, landed, interval_column
-            )
-        outcome.seconds.source += copied.seconds.source
-        outcome.seconds.transform += copied.seconds.transform
-        outcome.seconds.copy += copied.seconds.copy
-        outcome.repaired += copied.repaired
-        if into != table.destination.table:
-            progress.merging()
-
-    if _may_go_straight_in(export, table, past) and (is_known or not past.has_interval):
-        copy(table.destination.table)
-        for tally in tallies.values():
-            tally.merged = Merged(tally.copied, 0)
-    elif export.model.merge and len(intervals) > 1:
-        with merge.staging_table(session, table, of_several_intervals=True) as staging:
-            copy(staging, merge.INTERVAL_COLUMN)
-            with _timing(outcome, "merge"):
-                for start, merged in merge.merge_intervals(session, table, staging, export.model.merge).items():
-                    tallies[start].merged = merged
+    """The intervals' rows from the source into the table, over all sessions where it is one interval."""
+    if others and len(loading.intervals) == 1:
+        parts = streams.load(
+            loading, session, others, lambda other, in_, out: record(other, written=_written(loading, in_, out))
+        )
     else:
-        [tally] = tallies.values()
-        with merge.staging_table(session, table) as staging:
-            copy(staging)
-            if tally.copied:
-                if not export.model.merge:
-                    _advise_index(session, table, log)
-                with _timing(outcome, "merge"):
-                    tally.merged = merge.merge(session, table, staging)
-    if sieve:
-        tallies[intervals[0].position].known = sieve.known
-    record.flush()
-    for tally in tallies.values():
+        parts = [Load(loading, session, loading.keys(session))]
+        parts[0].copy()
+        parts[0].bring_in()
+    for part in parts:
+        outcome.seconds += part.seconds
+        outcome.repaired += part.repaired
+    for position in parts[0].tallies:
+        tally = combined([part.tallies[position] for part in parts])
         outcome.rejected += tally.examples
         if tally.times:
             outcome.times[tally.interval] = tally.times
-    return {tally.interval: tally.written(pasts[tally.interval]) for tally in tallies.values()}
+    return _written(loading, parts)
 
 
-_REPAIRED = "repaired"
-
-
-@contextlib.contextmanager
-def _timing(outcome: Outcome, what: Literal["source", "merge"]) -> Iterator[None]:
-    """Count the block's seconds."""
-    began = time.monotonic()
-    yield
-    setattr(outcome.seconds, what, getattr(outcome.seconds, what) + time.monotonic() - began)
-
-
-def _interval_of(row: BadRow) -> int:
-    assert row.interval is not None
-    return row.interval
-
-
-def _advise_index(session: Session, table: DestinationTable, log: logging.Logger) -> None:
-    statement = tables.missing_index(session, table)
-    if statement:
-        log.info(f"{table.qualified} is asked for keys, and read as a whole for it. If that takes long: {statement};")
+def _written(loading: Loading, parts: Sequence[Load], others: Sequence[Load] = ()) -> dict[Interval, Written]:
+    """The intervals of which these parts are in, and the others were read."""
+    written = {}
+    for position in parts[0].tallies:
+        tally = combined([part.tallies[position] for part in parts], [part.tallies[position] for part in others])
+        written[tally.interval] = tally.written(loading.pasts[tally.interval])
+    return written

@@ -1,0 +1,222 @@
+"""The rows of an interval, or of several, from the source into the table, within a transaction that is open.
+
+First all of them are copied, into the table itself or into a staging table; then what was staged is merged. Which of the two
+it is was decided before (`writer`); that several connections may share the rows is `streams`' business.
+"""
+
+import contextlib
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import polars as pl
+
+from pg_exports.errors import PassingError
+from pg_exports.interval import Interval, IntervalFrames, Seconds
+from pg_exports.models import IDENTITY, Part
+from pg_exports.models.model import WHOLE
+from pg_exports.postgres import ingest, journal, merge, rejected
+from pg_exports.postgres import table as tables
+from pg_exports.postgres.bad_rows import BadRow
+from pg_exports.postgres.journal import Journal, Sieve
+from pg_exports.postgres.ledger import Past
+from pg_exports.postgres.merge import Merged
+from pg_exports.postgres.progress import Progress
+from pg_exports.postgres.session import Session
+from pg_exports.postgres.table import DestinationTable
+from pg_exports.postgres.tally import Tally, by_interval, counted
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What is to be loaded.
+
+    Attributes:
+        table: the destination as it is now.
+        export: the source, and what becomes of bad and of repeated rows.
+        intervals: oldest first; several only where all of them go straight in, or are merged.
+        pasts: what the table has of each.
+        run_id: of the run.
+        log: where to say what helps.
+        progress: how far all of it has come.
+    """
+
+    table: DestinationTable
+    export: IntervalFrames
+    intervals: Sequence[Interval]
+    pasts: Mapping[Interval, Past]
+    run_id: str
+    log: logging.Logger
+    progress: Progress
+
+    @property
+    def goes_straight_in(self) -> bool:
+        """Whether the rows that no journal knows are not in the table, and stay when COPY has taken them."""
+        return may_go_straight_in(self.export, self.table, self._past) and (
+            self._is_known or not self._past.has_interval
+        )
+
+    @property
+    def _past(self) -> Past:
+        return self.pasts[self.intervals[0]]
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether the journals tell which of the interval's rows are there."""
+        past, export = self._past, self.export
+        return past.has_interval and past.is_journaled and not export.replay and bool(export.model.fingerprints)
+
+    def keys(self, session: Session) -> pl.Series | None:
+        """The identities of the rows that are there, ascending; None where there are none, or the journals do not tell."""
+        if not self._is_known:
+            return None
+        there = journal.read(session, self.table, self.export.team_id, self.intervals[0])
+        return None if there.is_empty() else there
+
+
+def may_go_straight_in(export: IntervalFrames, table: DestinationTable, past: Past) -> bool:
+    """Whether rows that no earlier run has brought are not in the table, and stay when COPY has taken them."""
+    return not (export.model.merge or past.rows_before or export.deduplicate == "table" or table.may_drop_rows)
+
+
+@dataclass
+class Load:
+    """The rows of all that is loaded, or a part of them, on one connection.
+
+    Attributes:
+        loading: what is loaded.
+        session: in a transaction.
+        keys: of rows that are there, as `Loading.keys` gives them.
+        part: which of the rows.
+        tallies: what has become of them so far, by their interval's position.
+        seconds: where the time went.
+        repaired: by column, how many values were repaired.
+    """
+
+    loading: Loading
+    session: Session
+    keys: pl.Series | None
+    part: Part = WHOLE
+    tallies: dict[int, Tally] = field(init=False)
+    seconds: Seconds = field(default_factory=Seconds)
+    repaired: Counter[str] = field(default_factory=Counter)
+    _sieve: Sieve | None = field(init=False)
+    _staging: str | None = None
+    _staged: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _answer: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    _is_stopped: bool = False
+
+    def __post_init__(self) -> None:
+        loading = self.loading
+        self.tallies = {interval.position: Tally(interval, loading.export.model) for interval in loading.intervals}
+        self._sieve = None if self.keys is None else Sieve(self.keys)
+
+    @property
+    def dealt_with(self) -> int:
+        """Rows that were copied, rejected, or known."""
+        known = self._sieve.known if self._sieve else 0
+        return known + sum(tally.copied + tally.rejected for tally in self.tallies.values())
+
+    def copy(self) -> None:
+        """Read the rows, and COPY them to where they go.
+
+        Raises:
+            DestinationError, SourceError, PassingError: as the source's and the destination's statements do; PassingError
+                also where it was stopped.
+        """
+        loading = self.loading
+        several = len(loading.intervals) > 1
+        if not loading.goes_straight_in:
+            staging = merge.staging_table(self.session, loading.table, of_several_intervals=several)
+            self._staging = self._staged.enter_context(staging)
+        record = Journal(self.session, loading.table, loading.export.team_id, loading.export.export, loading.run_id)
+
+        def landed(rows: pl.DataFrame, repaired: pl.Series) -> None:
+            for start, some in by_interval(rows.with_columns(repaired.alias(_REPAIRED))):
+                self.tallies[start].add(some, some[_REPAIRED], loading.table)
+                if IDENTITY in some.columns:
+                    record.add(self.tallies[start].interval, some[IDENTITY])
+            loading.progress.tell(self.dealt_with, self.part.number)
+
+        with self._answer:
+            began = time.monotonic()
+            answer = loading.export.source.read(loading.intervals, loading.table.column_names, self.part)
+            frames = self._answer.enter_context(answer)
+            self.seconds.source += time.monotonic() - began
+            every = counted(self._until_stopped(frames), self.tallies)
+            copied = ingest.copy_frames(
+                self.session,
+                loading.table,
+                self._staging or loading.table.destination.table,
+                self._sieve.sift(every) if self._sieve else every,
+                loading.export.on_bad_rows,
+                self._set_aside,
+                landed,
+                merge.INTERVAL_COLUMN if self._staging and several else None,
+            )
+        record.flush()
+        self.seconds.source += copied.seconds.source
+        self.seconds.transform += copied.seconds.transform
+        self.seconds.copy += copied.seconds.copy
+        self.repaired += copied.repaired
+        if self._sieve:
+            self.tallies[loading.intervals[0].position].known = self._sieve.known
+
+    def bring_in(self) -> None:
+        """Merge what was copied into a staging table. Raises as `copy`."""
+        loading = self.loading
+        began = time.monotonic()
+        if self._staging is None:
+            for tally in self.tallies.values():
+                tally.merged = Merged(tally.copied, 0)
+        elif loading.export.model.merge and len(loading.intervals) > 1:
+            rule = loading.export.model.merge
+            for start, merged in merge.merge_intervals(self.session, loading.table, self._staging, rule).items():
+                self.tallies[start].merged = merged
+        else:
+            [tally] = self.tallies.values()
+            if tally.copied:
+                if not loading.export.model.merge:
+                    _advise_index(self.session, loading.table, loading.log)
+                tally.merged = merge.merge(self.session, loading.table, self._staging)
+        self._staged.close()
+        self.seconds.merge += time.monotonic() - began
+
+    def stop(self) -> None:
+        """From another thread: have `copy` end soon, with an error."""
+        self._is_stopped = True
+        self._answer.close()
+        self.session.cancel()
+
+    def _until_stopped(self, frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        for frame in frames:
+            if self._is_stopped:
+                break
+            yield frame
+        if self._is_stopped:
+            raise PassingError("The load was stopped, as another part of the interval failed.")
+
+    def _set_aside(self, rows: list[BadRow]) -> None:
+        loading = self.loading
+        for start, some in itertools.groupby(sorted(rows, key=_interval_of), key=_interval_of):
+            bad = list(some)
+            tally = self.tallies[start]
+            tally.set_aside(bad)
+            rejected.keep(self.session, loading.table, loading.export.export, tally.interval, loading.run_id, bad)
+
+
+_REPAIRED = "repaired"
+
+
+def _interval_of(row: BadRow) -> int:
+    assert row.interval is not None
+    return row.interval
+
+
+def _advise_index(session: Session, table: DestinationTable, log: logging.Logger) -> None:
+    statement = tables.missing_index(session, table)
+    if statement:
+        log.info(f"{table.qualified} is asked for keys, and read as a whole for it. If that takes long: {statement};")
