@@ -30,6 +30,7 @@ from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition
 from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, fill_persons, landed, make_tables
 from pg_exports_tests.source_rows import HOUR, event, export_of, insert_sessions, new_session, session
 from pg_exports_tests.test_concurrency import each_once, holding, waiting
+from pg_exports_tests.test_late_events import asked
 from pg_exports_tests.test_ranges import hour_lock
 
 STREAMS = 3
@@ -113,9 +114,9 @@ def test_each_connection_asks_for_its_own_part_and_takes_about_as_many_rows(
     fill(source, hour)
     done = run(export_of("events", target, hour, streams=STREAMS), partition_key(hour))
     assert done.error is None
-    asked = answered(source, "events")
-    assert (len(asked), sum(asked)) == (STREAMS, ROWS)
-    assert min(asked) > ROWS / STREAMS / 2
+    shares = answered(source, "events")
+    assert (len(shares), sum(shares)) == (STREAMS, ROWS)
+    assert min(shares) > ROWS / STREAMS / 2
     # Each connection is a transaction of its own.
     shares = [int(rows) for (rows,) in target.rows("SELECT count(*) FROM events GROUP BY xmin::text")]
     assert len(shares) >= STREAMS
@@ -224,6 +225,8 @@ def test_what_fails_between_two_commits_is_in_the_ledger_and_the_next_run_sends_
     there = each_once(target)
     assert 0 < there < ROWS
     assert ledger_row(target) == (ROWS, there, 0, ROWS - there, there)
+    # The sensor that finds late events takes it for one that has some.
+    assert asked(export, source, target) == [partition_key(hour)]
     target.execute("DROP TRIGGER refuse ON pg_exports_ledger")
     assert run(export, partition_key(hour)).counts == (ROWS - there, 0, there)
     assert each_once(target) == ROWS
@@ -263,7 +266,7 @@ def test_a_passing_error_between_two_commits_is_mended_by_the_run_itself(
         "serialization_failure",
     )
     done = run(export, partition_key(hour))
-    assert (done.error, done.tries) == (None, 3)
+    assert (done.error, done.tries, done.counts) == (None, 3, (ROWS, 0, 0))
     assert target.count(model) == ROWS
     assert ledger_row(target)[3] == 0
 

@@ -77,17 +77,21 @@ class Tally:
         ]
 
     def written(self, past: Past) -> Written:
-        """The interval, once all of its rows are where they go."""
+        """The interval, once all of its rows are where they go. What an earlier try of the run has brought counts, too."""
         missing = self.merged.missing + self.at_source - self.known - self.copied - self.rejected
+        unchanged = self.known + self.copied - self.merged.inserted - self.merged.updated - self.merged.missing
+        earlier = past.by_this_run
+        inserted = min(unchanged, earlier.inserted) if earlier else 0
+        updated = min(unchanged - inserted, earlier.updated) if earlier else 0
         counts = Counts(
             at_source=self.at_source,
-            inserted=self.merged.inserted,
-            updated=self.merged.updated,
-            unchanged=self.known + self.copied - self.merged.inserted - self.merged.updated - self.merged.missing,
-            repaired=self.repaired,
+            inserted=self.merged.inserted + inserted,
+            updated=self.merged.updated + updated,
+            unchanged=unchanged - inserted - updated,
+            repaired=self.repaired + (earlier.repaired if earlier else 0),
             rejected=self.rejected,
             missing=missing,
-            bytes=self.bytes,
+            bytes=self.bytes + (earlier.bytes if earlier else 0),
         )
         if not self.model.fingerprints:
             return Written(counts, None, 0)
@@ -102,10 +106,11 @@ def combined(parts: Sequence[Tally], others: Sequence[Tally] = ()) -> Tally:
     for part in (*parts, *others):
         tally.at_source += part.at_source
         tally.known += part.known
-        tally.fingerprint += part.fingerprint
         times = (*(tally.times or ()), *(part.times or ()))
         tally.times = (min(times), max(times)) if times else None
     for part in parts:
+        # Without that of the others, so that the interval is not taken for one that is whole.
+        tally.fingerprint += part.fingerprint
         tally.copied += part.copied
         tally.repaired += part.repaired
         tally.rejected += part.rejected
