@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo dev check backfill test soak bench lint screenshots docs clean sandbox postgresql pgbouncer chromium
+.PHONY: help demo dev check backfill test soak bench cluster lint screenshots docs clean sandbox postgresql pgbouncer chromium redis
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 13
@@ -30,7 +30,7 @@ backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2
 	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO)
 
 # Tests wait for servers more than they work: three processes, each with servers of its own.
-test: lint postgresql pgbouncer chromium ## Every check and test
+test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every check and test
 	@$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
@@ -40,6 +40,9 @@ soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
 bench: .venv/bench-installed postgresql ## Speed beside other ways (EVENTS=1000000 ROUNDS=3 ONLY=peers,memory,ranges,small,merges)
 	@$(BIN)/python -m pg_exports_tests.bench $(if $(EVENTS),--events $(EVENTS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(EVENTS)$(ROUNDS)$(ONLY),,--write)
+
+cluster: .venv/cluster-installed postgresql redis ## A backfill over Celery workers that are killed, cut off, added and removed
+	@$(BIN)/python -m pg_exports_tests.cluster
 
 lint: .venv/installed ## Format, lint, types, definitions
 	@$(BIN)/ruff format --check --quiet . || { $(BIN)/ruff format --diff --quiet .; exit 1; }
@@ -76,6 +79,11 @@ pgbouncer:
 	@PATH="$$PATH:/usr/sbin" command -v pgbouncer >/dev/null || ! command -v apt-get >/dev/null \
 		|| { $(APT) update -qq && $(APT) install -qq -y pgbouncer >/dev/null; } || true
 
+# Where they cannot be installed, `make cluster` says what it needs; without iproute2 its workers are plain processes.
+redis:
+	@{ command -v redis-server && command -v ip; } >/dev/null || ! command -v apt-get >/dev/null \
+		|| { $(APT) update -qq && $(APT) install -qq -y redis-server iproute2 >/dev/null; } || true
+
 # Where there is none, the tests of the UI in a browser are skipped.
 chromium:
 	@command -v chromium >/dev/null || ! command -v apt-get >/dev/null \
@@ -94,4 +102,9 @@ chromium:
 .venv/bench-installed: .venv/installed
 	@echo "Installing what is compared into .venv ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,bench]' --constraint deploy/constraints.txt
+	@touch $@
+
+.venv/cluster-installed: .venv/installed
+	@echo "Installing what deployments on many hosts have into .venv ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,celery,kubernetes,deploy]' --constraint deploy/constraints.txt
 	@touch $@

@@ -35,6 +35,8 @@ LONGEST = (
     "ui.test_browser",
     "test_alerts",
     "test_connection_check",
+    "test_streams",
+    "deploy.test_kubernetes_run",
     "test_ranges_together",
     "test_bench_figures",
     "test_installed",
