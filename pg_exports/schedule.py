@@ -1,5 +1,6 @@
 """When an export runs by itself, how old its newest interval may be, and in how many runs a backfill goes."""
 
+import functools
 from collections.abc import Mapping
 from datetime import date, datetime, timedelta
 from typing import Any
@@ -59,10 +60,14 @@ def freshness(interval: IntervalLength) -> dg.FreshnessPolicy:
 def backfill_policy(max_partitions_per_run: int) -> dg.BackfillPolicy:
     """Runs of so many intervals for a backfill, which the daemon launches; one run for a range that `dg launch` is given.
 
-    `dg launch` refuses ranges of an asset whose backfills may take several runs. A code server, whose definitions the UI
-    and the daemon read, says that it loads them for that; a process that executes them does not.
+    `dg launch` refuses ranges of an asset whose backfills may take several runs. What the UI and the daemon know of an asset
+    they have from a code server.
     """
-    is_code_server = (
-        DefinitionsLoadContext.is_set() and DefinitionsLoadContext.get().load_type is DefinitionsLoadType.INITIALIZATION
-    )
-    return dg.BackfillPolicy.multi_run(max_partitions_per_run) if is_code_server else dg.BackfillPolicy.single_run()
+    return dg.BackfillPolicy.multi_run(max_partitions_per_run) if _is_code_server() else dg.BackfillPolicy.single_run()
+
+
+# Once in a process: a code server loads the definitions to be read, and says so; then again to execute them.
+@functools.cache
+def _is_code_server() -> bool:
+    is_said = DefinitionsLoadContext.is_set()
+    return is_said and DefinitionsLoadContext.get().load_type is DefinitionsLoadType.INITIALIZATION

@@ -11,12 +11,14 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.definitions_load_context import DefinitionsLoadContext, DefinitionsLoadType
 from pydantic import ValidationError
 
 from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource
 from pg_exports.defs.resources import connections
 from pg_exports.errors import SettingsError
 from pg_exports.models import MODELS
+from pg_exports.schedule import _is_code_server
 from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.servers import DATABASE, ROLE
@@ -65,6 +67,19 @@ def test_an_export_of_three_attributes_has_the_defaults() -> None:
     assert [schedule.name for schedule in definitions.schedules or []] == ["events_schedule"]
 
 
+@pytest.mark.parametrize(("settings", "most"), [({}, 720), ({"max_partitions_per_run": 24}, 24)])
+def test_a_code_server_tells_of_backfills_in_several_runs(settings: dict[str, Any], most: int) -> None:
+    # As it does when it loads the definitions for the first time, and then again.
+    first, then = DefinitionsLoadType.INITIALIZATION, DefinitionsLoadType.RECONSTRUCTION
+    _is_code_server.cache_clear()
+    try:
+        for load_type in (first, then):
+            with DefinitionsLoadContext.scoped(DefinitionsLoadContext(load_type=load_type)):
+                assert asset(python(**settings)).backfill_policy == dg.BackfillPolicy.multi_run(most)
+    finally:
+        _is_code_server.cache_clear()
+
+
 def test_every_attribute_can_be_set_in_yaml_and_in_python(load: Load) -> None:
     every: dict[str, Any] = {
         "name": "weekly_eu",
@@ -82,7 +97,9 @@ def test_every_attribute_can_be_set_in_yaml_and_in_python(load: Load) -> None:
         "table": 'my "events"',
         "connection": "postgres_eu",
         "on_bad_rows": "reject",
-        "deduplicate": "table",
+        "deduplicate": "interval",
+        "streams": 4,
+        "max_partitions_per_run": 8,
         "paused": True,
     }
     in_python = PostgresExport(**every)
@@ -101,7 +118,7 @@ def test_every_attribute_can_be_set_in_yaml_and_in_python(load: Load) -> None:
     assert asset(in_python).op.pool == "postgres_eu"
     assert asset(in_python).required_resource_keys >= {"clickhouse", "postgres_eu_io_manager"}
     assert in_python.include_events == every["include_events"]
-    assert (in_python.on_bad_rows, in_python.deduplicate) == ("reject", "table")
+    assert (in_python.on_bad_rows, in_python.streams, in_python.max_partitions_per_run) == ("reject", 4, 8)
 
 
 @pytest.mark.parametrize(
