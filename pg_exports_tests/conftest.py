@@ -38,6 +38,7 @@ LONGEST = (
     "test_streams",
     "deploy.test_kubernetes_run",
     "test_ranges_together",
+    "clickhouse.test_cluster_sources",
     "test_bench_figures",
     "test_installed",
     "test_soak",

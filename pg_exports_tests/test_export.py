@@ -18,10 +18,10 @@ from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, Po
 from pg_exports.defs.resources import connections
 from pg_exports.errors import SettingsError
 from pg_exports.models import MODELS
-from pg_exports.schedule import _is_code_server
 from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.servers import DATABASE, ROLE
+from pg_exports.schedule import _is_code_server
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, materialise, partition_key
 from pg_exports_tests.source_rows import event
 from pg_exports_tests.yaml_exports import REQUIRED, Load, assets, project, refusal, said, yaml

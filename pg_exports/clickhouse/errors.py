@@ -11,13 +11,19 @@ PASSING_CODES = frozenset(
     {
         3,  # UNEXPECTED_END_OF_FILE
         32,  # ATTEMPT_TO_READ_AFTER_EOF
+        95,  # CANNOT_READ_FROM_SOCKET
+        96,  # CANNOT_WRITE_TO_SOCKET
         159,  # TIMEOUT_EXCEEDED
+        198,  # DNS_ERROR: a shard's name, as of a pod that is being replaced
         202,  # TOO_MANY_SIMULTANEOUS_QUERIES
         203,  # NO_FREE_CONNECTION
         209,  # SOCKET_TIMEOUT
         210,  # NETWORK_ERROR
+        225,  # NO_ZOOKEEPER
         236,  # ABORTED
         241,  # MEMORY_LIMIT_EXCEEDED
+        254,  # NO_ACTIVE_REPLICAS
+        265,  # NO_AVAILABLE_REPLICA
         279,  # ALL_CONNECTION_TRIES_FAILED
         289,  # REPLICA_IS_NOT_IN_QUORUM
         319,  # UNKNOWN_STATUS_OF_INSERT
@@ -28,7 +34,11 @@ PASSING_CODES = frozenset(
         459,  # CANNOT_SET_THREAD_PRIORITY
         473,  # DEADLOCK_AVOIDED
         499,  # S3_ERROR
+        519,  # NO_REMOTE_SHARD_AVAILABLE
+        735,  # QUERY_WAS_CANCELLED_BY_CLIENT: a shard's word for its initiator's end
         745,  # SERVER_OVERLOADED
+        749,  # TCP_CONNECTION_LIMIT_REACHED
+        762,  # HTTP_CONNECTION_LIMIT_REACHED
         999,  # KEEPER_EXCEPTION
     }
 )
@@ -37,6 +47,11 @@ _TRACE = "The query is in system.query_log, with the run's id in its log_comment
 
 _VALUE = (
     "A value does not fit its column's type: change the type, the expression or your own query in the export's YAML."
+)
+
+_NO_SHARD = (
+    "A shard has no replica that is found and answers: see system.clusters on the server that was asked. No shard is ever "
+    "skipped, as its rows would be missing."
 )
 
 _REMEDIES = {
@@ -54,12 +69,30 @@ _REMEDIES = {
     192: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     193: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     194: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
+    198: _NO_SHARD,
+    225: "With `select_sequential_consistency` a replica asks ClickHouse Keeper (ZooKeeper), which it has lost.",
+    279: _NO_SHARD,
+    288: "In a query of your own, and in an added column's expression, write GLOBAL IN and GLOBAL JOIN before what reads a "
+    "Distributed table, or leave `distributed_product_mode` out of the connection's `settings`.",
+    289: "`select_sequential_consistency` reads only replicas that have all that was written with `insert_quorum`: this one "
+    "has not yet.",
+    369: "A shard has no replica that answers and has all rows: they are out of reach (system.clusters on the server that was "
+    "asked), behind, or without ClickHouse Keeper (absolute_delay and is_readonly in system.replicas). By how many seconds "
+    "one may be behind says `max_replica_delay_for_distributed_queries` in the connection's `settings`.",
     395: _VALUE,
     427: "A pattern in the export's `filters` is no regular expression (RE2's syntax).",
+    452: "The ClickHouse user's profile has constraints on settings that exports need to set: docs/clickhouse.md lists them.",
     467: _VALUE,
     497: "The ClickHouse user needs SELECT on the model's source tables: `GRANT SELECT ON <database>.* TO <user>`.",
+    507: "Leave `force_optimize_skip_unused_shards` out of the connection's `settings`.",
     516: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
+    519: _NO_SHARD,
+    701: "A Distributed table's cluster is not among the `remote_servers` of the server that was asked.",
 }
+
+_OF_A_SHARD = re.compile(r"Received from (\S+?)[,.]? ")
+_BY_A_SHARD = {60, 81, 192, 193, 194, 497, 516}
+"""Where a shard says so, it is not about the connection's own `database`, `user` and grants."""
 
 
 def explained(error: Error, address: str) -> SourceError | PassingError:
@@ -77,9 +110,20 @@ def explained(error: Error, address: str) -> SourceError | PassingError:
 def refused(text: str, code: int | None, address: str) -> SourceError | PassingError:
     """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream."""
     said = f"ClickHouse at {address} answered with an error: {_own_words(text)}"
+    remedy = _remedy(text, code or 0)
     if code in PASSING_CODES:
-        return PassingError(said)
-    return SourceError(f"{said}\n{_REMEDIES.get(code or 0, _TRACE)}")
+        return PassingError(f"{said}\n{remedy}" if remedy else said)
+    return SourceError(f"{said}\n{remedy or _TRACE}")
+
+
+def _remedy(text: str, code: int) -> str | None:
+    shard = _OF_A_SHARD.search(text)
+    if shard and code in _BY_A_SHARD:
+        return (
+            f"The shard {shard[1]} says so: look there. It is asked as the user that the cluster's definition names, or as "
+            "the connection's own where that has a `secret`, who needs SELECT on the local tables."
+        )
+    return _REMEDIES.get(code)
 
 
 def _own_words(text: str) -> str:

@@ -29,15 +29,36 @@ _WHOLE_ANSWERS: Mapping[str, int | str] = {
     "limit": 0,
     "offset": 0,
     "skip_unavailable_shards": 0,
+    "distributed_group_by_no_merge": 0,
     "use_query_cache": 0,
     **{
         f"{what}_overflow_mode": "throw"
         for what in ("distinct", "group_by", "join", "read", "result", "set", "sort", "timeout", "transfer")
     },
+    "read_overflow_mode_leaf": "throw",
+    "timeout_overflow_mode_leaf": "throw",
     "output_format_arrow_string_as_string": 1,
 }
-"""A user's profile may have settings under which ClickHouse ends a shortened answer like a whole one, or sends text as
-bytes that nobody has checked. These undo them."""
+"""A user's profile may have settings under which ClickHouse ends a shortened answer like a whole one, leaves a group once
+for each shard, or sends text as bytes that nobody has checked. These undo them, and no connection's `settings` wins over
+them."""
+
+REPLICA_DELAY = 60
+"""Seconds that a replica may be behind. A schedule's run begins a minute after its interval's end, so what is behind by less
+has all of the interval. ClickHouse's own default is 300."""
+
+_OF_CLUSTERS: Mapping[str, int | str] = {
+    # A subquery of the user's own over a Distributed table is read once, for all shards: `local` reads a shard's part of it.
+    "distributed_product_mode": "global",
+    # True only of rows that came through the Distributed table, and not of those that consumers wrote to the shards.
+    "optimize_skip_unused_shards": 0,
+    # Of tables with a sampling key each replica would read a share, and a share of all there is only where none is behind.
+    "max_parallel_replicas": 1,
+    "max_replica_delay_for_distributed_queries": REPLICA_DELAY,
+    "fallback_to_stale_replicas_for_distributed_queries": 0,
+}
+"""Settings for Distributed tables under which answers are right however the rows lie. They win over the user's profile; a
+connection's `settings` win over them, as who knows the cluster may know better."""
 
 
 class Answer(arrow.ByteSource, Protocol):
@@ -61,7 +82,8 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         user, password, database: whom to connect as, and where PostHog's tables are.
         secure: HTTPS, with the server's certificate verified.
         ca_certificate: path of a PEM file with the authority that signed it; the system's authorities by default.
-        settings: ClickHouse query settings for every query, such as `{"max_threads": 4}`.
+        settings: ClickHouse query settings for every query, such as `{"max_threads": 4}`. Those that would make answers
+            wrong are undone; docs/clickhouse.md has what is set without them.
         read_timeout: seconds without a byte after which a stream counts as frozen.
     """
 
@@ -117,7 +139,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         with contextlib.ExitStack() as opened:
             with self._explained():
                 client = opened.enter_context(contextlib.closing(self._client()))
-                settings = _settings(log_comment, query_id)
+                settings = self._settings(client, log_comment, query_id)
                 answer = client.raw_stream(query.sql, dict(query.parameters), settings=settings, fmt="ArrowStream")
             opened.callback(_hang_up, cast("Answer", answer))
             needed = [column for column in model.columns if column not in needless]
@@ -125,8 +147,8 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
     def rows(self, query: Query, *, log_comment: str, query_id: str | None = None) -> list[tuple[Any, ...]]:
         """The rows of a query with a small answer. Arguments and errors as those of `frames`."""
-        settings = _settings(log_comment, query_id)
         with self._explained(), contextlib.closing(self._client()) as client:
+            settings = self._settings(client, log_comment, query_id)
             return [
                 tuple(row) for row in client.query(query.sql, dict(query.parameters), settings=settings).result_rows
             ]
@@ -170,6 +192,16 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             compress=False,
         )
 
+    def _settings(self, client: Client, log_comment: str, query_id: str | None) -> dict[str, int | str]:
+        """The settings of one query, which win over those of the client, which are the connection's."""
+        defaults = {name: value for name, value in _OF_CLUSTERS.items() if name not in self.settings}
+        # A server that is too old for a setting has nothing to undo either, and would refuse its name.
+        known = {
+            name: value for name, value in {**defaults, **_WHOLE_ANSWERS}.items() if name in client.server_settings
+        }
+        named = {} if query_id is None else {"query_id": query_id}
+        return {**known, "log_comment": log_comment, **named}
+
     def _check_address(self) -> None:
         # A value that is no host may be a whole URL with a password in it: it is not shown.
         if not re.fullmatch(r"[\w.-]+|\[[0-9A-Fa-f:.]+\]", self.host):
@@ -205,11 +237,6 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             raise PassingError(f"The answer of ClickHouse at {self.address} broke off before its end.") from None
         except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
             raise PassingError(f"The connection to ClickHouse at {self.address} broke: {error}") from None
-
-
-def _settings(log_comment: str, query_id: str | None) -> dict[str, int | str]:
-    named = {} if query_id is None else {"query_id": query_id}
-    return {**_WHOLE_ANSWERS, "log_comment": log_comment, **named}
 
 
 class _Body:

@@ -115,6 +115,11 @@ class Load:
         self._sieve = None if self.keys is None else Sieve(self.keys)
 
     @property
+    def is_staged(self) -> bool:
+        """Whether what was copied waits in a staging table."""
+        return self._staging is not None
+
+    @property
     def dealt_with(self) -> int:
         """Rows that were copied, rejected, or known."""
         known = self._sieve.known if self._sieve else 0

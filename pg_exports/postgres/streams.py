@@ -49,7 +49,8 @@ def load(loading: Loading, session: Session, others: Sequence[Session], record: 
         sessions = [session, *(other for other, _ in transactions)]
         parts = [Load(loading, one, keys, Part(number, len(sessions))) for number, one in enumerate(sessions)]
         _copy_side_by_side(parts)
-        loading.progress.merging()
+        if parts[0].is_staged:
+            loading.progress.merging()
         # The first one last: as long as it lasts, no other run begins with the interval.
         out = parts[1:] + parts[:1]
         in_: list[Load] = []

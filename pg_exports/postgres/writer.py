@@ -158,6 +158,8 @@ def _load(
     else:
         parts = [Load(loading, session, loading.keys(session))]
         parts[0].copy()
+        if parts[0].is_staged:
+            loading.progress.merging()
         parts[0].bring_in()
     for part in parts:
         outcome.seconds += part.seconds

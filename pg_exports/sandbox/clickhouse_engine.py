@@ -46,7 +46,7 @@ _WITHOUT_RESULT = re.compile(
 )
 # INSERT INTO [TABLE] name [(columns)] [SETTINGS ...] FORMAT name | VALUES: what follows is data and not SQL.
 _INSERT_WITH_DATA = re.compile(
-    rb"""(?:\s|--[^\n]*\n|/\*.*?\*/)*(?P<insert>INSERT\s+INTO\s+(?:TABLE\s+)?(?:`[^`]+`|"[^"]+"|[\w.]+)+
+    rb"""(?:\s|--[^\n]*\n|/\*.*?\*/)*(?P<insert>INSERT\s+INTO\s+(?:TABLE\s+)?(?:`[^`]+`|"[^"]+"|[\w.]++)+
          (?:\s*\((?:`[^`]+`|"[^"]+"|[^()`"])*\))?
          (?:\s+SETTINGS\s+(?:'(?:[^'\\]|\\.)*'|[^'])*?)?)
          \s*\b(?:(?P<values>VALUES)\b|FORMAT\s+(?P<format>\w+)[ \t\f]*;?\r?\n?)""",

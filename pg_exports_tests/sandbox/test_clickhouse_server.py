@@ -147,6 +147,16 @@ def test_inserted_rows_come_back(client: Client, running: Running, compress: boo
     assert texts == [("arrow",), ("values; FORMAT",), ("json",), ("select",)]
 
 
+def test_an_insert_from_a_query_into_a_table_with_a_long_name_is_answered_at_once(client: Client) -> None:
+    table = "a_table_whose_name_is_as_long_as_names_of_tables_get"
+    client.command(f"CREATE TABLE {table} (id UInt64) ENGINE = Memory")
+    began = time.monotonic()
+    client.command(f"INSERT INTO {table} SELECT 1")
+    assert time.monotonic() - began < 10
+    assert client.query(f"SELECT id FROM {table}").result_rows == [(1,)]
+    client.command(f"DROP TABLE {table}")
+
+
 def test_an_insert_of_broken_data_is_an_error(client: Client, running: Running) -> None:
     client.command("CREATE OR REPLACE TABLE broken (id UInt32) ENGINE = MergeTree ORDER BY id")
     answer = _request(running.server, "INSERT INTO broken FORMAT JSONEachRow {")
