@@ -36,10 +36,10 @@ test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every 
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
 	@$(BIN)/python -m pg_exports_tests.soak $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS))
 
-# The README has the figures of the default sizes alone.
-bench: .venv/bench-installed postgresql ## Speed beside other ways (EVENTS=1000000 ROUNDS=3 ONLY=peers,memory,ranges,small,merges)
+# The pages have the figures of the default sizes alone: WRITE=1 writes those of ONLY.
+bench: .venv/bench-installed postgresql redis ## Speed, and what exports cost (EVENTS=1000000 ROUNDS=3 ONLY=peers,streams WRITE=1)
 	@$(BIN)/python -m pg_exports_tests.bench $(if $(EVENTS),--events $(EVENTS)) $(if $(ROUNDS),--rounds $(ROUNDS)) \
-		$(if $(ONLY),--only $(ONLY)) $(if $(EVENTS)$(ROUNDS)$(ONLY),,--write)
+		$(if $(ONLY),--only $(ONLY)) $(if $(WRITE),--write,$(if $(EVENTS)$(ROUNDS)$(ONLY),,--write))
 
 cluster: .venv/cluster-installed postgresql redis ## A backfill over Celery workers that are killed, cut off, added and removed
 	@$(BIN)/python -m pg_exports_tests.cluster
@@ -99,9 +99,9 @@ chromium:
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev]' --constraint deploy/constraints.txt
 	@touch $@
 
-.venv/bench-installed: .venv/installed
+.venv/bench-installed: .venv/cluster-installed
 	@echo "Installing what is compared into .venv ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,bench]' --constraint deploy/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,celery,kubernetes,deploy,bench]' --constraint deploy/constraints.txt
 	@touch $@
 
 .venv/cluster-installed: .venv/installed

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 
 from pg_exports.sandbox import Sandbox
-from pg_exports_tests.bench import check, peers, report
+from pg_exports_tests.bench import check, destinations, peers, report, streams
 from pg_exports_tests.bench.check import Expected
 from pg_exports_tests.bench.peers import LIMIT, PRODUCT, Contender, Race, Round
 from pg_exports_tests.bench.processes import BenchError, Usage, run
+from pg_exports_tests.bench.product import Result
 from pg_exports_tests.bench.report import BEGIN, END, Section
+from pg_exports_tests.bench.streams import Load, Loads
 
 SENT = check.row("purchase", "visitor", 1_700_000_000_000_000, '{"a": 1.50}', '"[]"', '{"v": 1}', None, "10.0.0.1")
 EXPECTED = Expected(3, {"a": SENT, "b": SENT}, frozenset("b"))
@@ -143,8 +145,43 @@ def test_a_readme_without_its_marks_is_left_alone(readme: str) -> None:
         report.replaced(readme, "new")
 
 
-def test_the_readme_has_its_marks(repository: Path) -> None:
-    report.replaced((repository / "README.md").read_text(), "new")
+@pytest.mark.parametrize("page", ["README.md", "docs/capacity.md"])
+def test_the_pages_have_their_marks(repository: Path, page: str) -> None:
+    report.replaced((repository / page).read_text(), "new")
+
+
+def test_one_part_of_a_page_is_written_and_the_others_stay() -> None:
+    def written(page: str, name: str, measured: str, text: str) -> str:
+        return report.rewritten(page, name, measured, text, ("memory", "ranges"))
+
+    def shown(page: str) -> list[str]:
+        return [line for line in page.splitlines() if line and not line.startswith("<!--")]
+
+    page = written(f"# Title\n\n{BEGIN}\nold\n{END}\n", "ranges", "today", "### Ranges\n\n1 s")
+    page = written(page, "memory", "today", "### Memory\n\n1 MB")
+    assert shown(page) == ["# Title", f"{report.MEASURED}today", "### Memory", "1 MB", "### Ranges", "1 s"]
+    later = written(page, "memory", "tomorrow", "### Memory\n\n2 MB")
+    of_each = (f"{report.MEASURED}tomorrow", "2 MB", "### Ranges", f"{report.MEASURED}today", "1 s")
+    assert shown(later) == ["# Title", "### Memory", *of_each]
+    assert written(later, "memory", "today", "### Memory\n\n1 MB") == page
+    assert written(later, "memory", "tomorrow", "### Memory\n\n2 MB") == later
+
+
+# How busy a machine is, and how often a table was read
+
+
+def test_the_busy_cores_are_all_cpu_seconds_by_the_seconds_of_the_run() -> None:
+    usage = Usage(9.0, 0, client_cpu=4.0, postgres_cpu=5.0, clickhouse_cpu=1.0, output="")
+    result = Result(4.0, cpu_seconds=2.0, load_began=0.0, load_seconds=3.0, peak_bytes=100_000_000, metadata={})
+    measured = [Loads(1, [Load(result, usage)]), Loads(2, [Load(dataclasses.replace(result, load_seconds=1.5), usage)])]
+    section = streams.section(measured, 600, rounds=1)
+    assert section.rows[0] == ("1", "3.0", "1.00", "200", "2.0", "5.0", "1.0", "100", "2.00")
+    assert section.rows[1][:4] == ("2", "1.5", "0.50", "400")
+    assert "the 8.0 CPU seconds of a run over 1 would take" in section.remarks[1]
+
+
+def test_a_readers_query_that_is_under_way_counts_in_part() -> None:
+    assert destinations.queries([(0.0, 2.0), (2.0, 3.0), (3.0, 7.0), (8.0, 9.0)], 1.0, 4.0) == 0.5 + 1 + 0.25
 
 
 # What a process costs

@@ -5,7 +5,7 @@ intervals) differs by a name and a number from the one that is launched here, an
 """
 
 from pg_exports.sandbox import Sandbox
-from pg_exports_tests.bench import memory, merges, ranges, report, small_runs
+from pg_exports_tests.bench import destinations, footprint, memory, merges, ranges, report, small_runs, streams
 from pg_exports_tests.bench.report import Section
 
 
@@ -44,4 +44,36 @@ def test_a_small_run_is_measured_beside_one_that_does_nothing(sandbox: Sandbox) 
 def test_a_merge_is_measured_beside_sql_by_hand_and_their_results_are_equal(sandbox: Sandbox) -> None:
     section = merges.measure(sandbox, rounds=1, persons=500, session_events=0, states=("half updated",))
     check_report(section, rows=1)
+    check_nothing_is_left(sandbox)
+
+
+def test_a_day_is_loaded_over_as_many_connections_as_are_asked_for(sandbox: Sandbox) -> None:
+    section = streams.measure(sandbox, rounds=1, events=2_000, streams=(1, 3))
+    check_report(section, rows=2)
+    assert [row[0] for row in section.rows] == ["1", "3"]
+    check_nothing_is_left(sandbox)
+
+
+def test_tables_of_other_kinds_are_loaded_beside_the_plain_one_and_read_meanwhile(sandbox: Sandbox) -> None:
+    both = destinations.Variant("both", partitioned=True, indexed=True, read=True)
+    by_hash = destinations.Variant("by hash", "persons", partitioned=True)
+    section = destinations.measure(sandbox, rounds=1, events=3_000, variants=(both, by_hash))
+    check_report(section, rows=2)
+    partitions, _, _, _, _, _, alone, beside = section.rows[0][1:]
+    assert int(partitions) >= 1
+    assert float(alone) > 0
+    assert float(beside) > 0
+    assert section.rows[1][1] == str(destinations.HASH_PARTITIONS)
+    check_nothing_is_left(sandbox)
+    assert sandbox.postgres.rows(f"SELECT FROM pg_roles WHERE rolname = '{destinations.READER}'") == []
+
+
+def test_the_footprint_of_a_model_is_measured_and_the_servers_settings_are_as_before(sandbox: Sandbox) -> None:
+    section = footprint.measure(sandbox, rounds=1, events=4_000, models=("events",))
+    check_report(section, rows=13)
+    figures = {title: values for title, *values in section.rows}
+    assert figures["rows of the sample"][1] == "0"
+    # A kilobyte a row, about, and each goes into the log as it is.
+    assert all(500 < float(figures[name][0].replace(",", "")) < 5_000 for name in ("table MB", "WAL MB"))
+    assert sandbox.postgres.rows("SELECT current_setting('full_page_writes')") == [("off",)]
     check_nothing_is_left(sandbox)

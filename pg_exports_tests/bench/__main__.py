@@ -1,6 +1,6 @@
 """The bench's command, on a sandbox of its own: `python -m pg_exports_tests.bench --help`.
 
-Each part is a module's (`peers`, `memory`, ...); here they are put in a row, shown, and written into the README. The exit
+Each part is a module's (`peers`, `memory`, ...); here they are put in a row, shown, and written into their pages. The exit
 status is 1 where what the product promises does not hold.
 """
 
@@ -21,13 +21,16 @@ from pg_exports_tests.bench.processes import ROOT, BenchError
 from pg_exports_tests.bench.report import Bar, Section
 
 FOLDER = ROOT / ".bench"
-README = ROOT / "README.md"
+README, CAPACITY = ROOT / "README.md", ROOT / "docs" / "capacity.md"
 
 PEERS = "peers"
 MODULES = {"memory": "memory", "merges": "merges", "small": "small_runs", "ranges": "ranges"}
 """The parts beside the peers, and which module measures each."""
 
-PARTS = (PEERS, *MODULES)
+SIZED = {"streams": "streams", "chunks": "chunks", "destinations": "destinations", "footprint": "footprint"}
+"""Those whose size follows `--events`; they are written into `CAPACITY`, all others into `README`."""
+
+PARTS = (PEERS, *MODULES, *SIZED)
 
 
 def main() -> int:
@@ -40,22 +43,21 @@ def main() -> int:
     _stop_what_is_left()
     if asked.stop:
         return 0
-    sections: list[Section] = []
-    bars: list[Bar] = []
+    broken = []
     with _sandbox() as sandbox:
         measured = report.circumstances(sandbox, datetime.now(UTC).date())
         _say(measured)
         for part in asked.only:
             try:
-                section, more = _measure(part, sandbox, asked)
-                bars += more
+                section, bars = _measure(part, sandbox, asked)
             except BenchError as error:
-                section = Section(part, (), [], [f"failed: {error}"], holds=False)
-            sections.append(section)
+                broken.append(part)
+                _say(f"\n### {part}\n\nfailed: {error}\n")
+                continue
+            broken += [] if section.holds else [section.title]
             _say(f"\n{report.markdown(section)}\n")
             if asked.write:
-                _write(measured, sections, bars)
-    broken = [section.title for section in sections if not section.holds]
+                _write(part, measured, section, bars)
     if broken:
         _say(f"Does not hold: {'; '.join(broken)}.")
     return 1 if broken else 0
@@ -66,7 +68,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--events", type=int, default=1_000_000, help="of the first load (default 1,000,000)")
     parser.add_argument("--rounds", type=int, default=3, help="how often each is measured (default 3)")
     parser.add_argument("--only", type=_parts, default=PARTS, help=f"some of {','.join(PARTS)}, with commas")
-    parser.add_argument("--write", action="store_true", help=f"into the README and {report.CHART}")
+    parser.add_argument("--write", action="store_true", help="into README.md and docs/")
     parser.add_argument("--stop", action="store_true", help="only stop what an earlier bench left running")
     return parser.parse_args()
 
@@ -105,16 +107,18 @@ def _sandbox() -> Iterator[Sandbox]:
 def _measure(part: str, sandbox: Sandbox, asked: argparse.Namespace) -> tuple[Section, list[Bar]]:
     if part == PEERS:
         return peers.measure(sandbox, asked.rounds, asked.events, _say)
-    module = importlib.import_module(f"pg_exports_tests.bench.{MODULES[part]}")
-    measure = cast("Callable[[Sandbox, int], Section]", module.measure)
-    return measure(sandbox, asked.rounds), []
+    module = importlib.import_module(f"pg_exports_tests.bench.{(MODULES | SIZED)[part]}")
+    measure = cast("Callable[..., Section]", module.measure)
+    return measure(sandbox, asked.rounds, **({"events": asked.events} if part in SIZED else {})), []
 
 
-def _write(measured: str, sections: list[Section], bars: list[Bar]) -> None:
+def _write(part: str, measured: str, section: Section, bars: list[Bar]) -> None:
+    """Write a part into its page, where the other parts stay as they are."""
     if bars:
         report.draw(bars, ROOT / report.CHART)
-    page = report.page(measured, sections, with_chart=bool(bars))
-    README.write_text(report.replaced(README.read_text(), page))
+    page = CAPACITY if part in SIZED else README
+    text = report.markdown(section, with_chart=bool(bars))
+    page.write_text(report.rewritten(page.read_text(), part, measured, text, PARTS))
 
 
 def _say(text: str) -> None:

@@ -1,4 +1,5 @@
-"""What the bench exports: a day of events, hours of them, or people alone, each in a ClickHouse database of its own.
+"""What the bench exports: a day of events, hours of them, or people alone, each in a ClickHouse database of its own; and how
+many rows of a model a day has.
 
 The rows are those of the sandbox's sample, which the same arguments make again. Postgres's side is here too, as far as
 it is no figure: an empty schema in which the role may create tables. The caller drops what it has used.
@@ -9,6 +10,7 @@ import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
+from pg_exports.models import MODELS, Selection
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox, postgres_server, sample_data, source_tables
 from pg_exports.sandbox.sample_people import MAPPINGS, PERSONS
@@ -75,6 +77,32 @@ def people(sandbox: Sandbox, database: str, *, count: int) -> tuple[datetime, da
     sandbox.execute(PERSONS, whose)
     sandbox.execute(MAPPINGS, whose)
     return end - DAY, end
+
+
+# Some weeks is what events arrive late in the sample itself.
+SPREAD = """
+INSERT INTO {database:Identifier}.events
+SETTINGS optimize_on_insert = 0
+SELECT * REPLACE (timestamp - toIntervalDay(cityHash64(uuid) % {days:UInt16}) AS timestamp)
+FROM {source:Identifier}.events
+"""
+
+
+def spread(sandbox: Sandbox, source: str, database: str, *, days: int) -> None:
+    """Fill a new database with the events of another, inserted when they were, but of so many days before: as an import
+    of old events brings them.
+    """
+    source_tables.create_tables(sandbox.execute, database)
+    sandbox.execute("SYSTEM STOP MERGES {database:Identifier}.events", {"database": database})
+    sandbox.execute(SPREAD, {"database": database, "source": source, "days": days})
+
+
+def rows_of_day(sandbox: Sandbox, database: str, model: str, start: datetime) -> int:
+    """What an export of one day should bring."""
+    query = MODELS[model].query(Selection(TEAM, start, start + DAY))
+    with sandbox.clickhouse_client(database) as client:
+        [(rows,)] = client.query(f"SELECT count() FROM ({query.sql})", dict(query.parameters)).result_rows
+    return int(rows)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from pg_exports import ClickHouseResource, PostgresExport
 from pg_exports.sandbox import Sandbox
 from pg_exports_tests.bench import processes
 from pg_exports_tests.bench.dataset import TEAM
+from pg_exports_tests.bench.processes import Usage
 
 MODULE = "pg_exports_tests.bench.product"
 
@@ -41,12 +42,16 @@ class Result:
 
     Attributes:
         seconds: of the run, without imports.
+        cpu_seconds: of this process in that time.
+        load_began: when the IO manager began, in seconds since 1970.
         load_seconds: of the IO manager in it, from connecting to the last commit; the rest is Dagster's own.
         peak_bytes: the most memory that the process held, imports included.
         metadata: the figures of each partition's materialisation.
     """
 
     seconds: float
+    cpu_seconds: float
+    load_began: float
     load_seconds: float
     peak_bytes: int
     metadata: Mapping[str, Mapping[str, float]]
@@ -87,10 +92,24 @@ def run_day(
     Raises:
         BenchError: the run failed.
     """
+    further = ["--read-first"] if read_first else []
+    return measure_day(sandbox, model, database, schema, start, *further)[0]
+
+
+def measure_day(
+    sandbox: Sandbox,
+    model: str,
+    database: str,
+    schema: str,
+    start: datetime,
+    *further: str,
+    environment: Mapping[str, str] | None = None,
+) -> tuple["Result", Usage]:
+    """The same with further arguments and variables, and with what the process cost."""
     date = f"{start:%Y-%m-%d}"
-    command = arguments(model, database, schema, interval="day", start=date, first=date)
-    command += ["--read-first"] if read_first else []
-    return Result.of(processes.run(command, sandbox).output)
+    command = [*arguments(model, database, schema, interval="day", start=date, first=date), *further]
+    usage = processes.run(command, sandbox, environment)
+    return Result.of(usage.output), usage
 
 
 def main() -> int:
@@ -103,6 +122,7 @@ def main() -> int:
     parser.add_argument("--start", required=True, help="beginning of the first interval")
     parser.add_argument("--first", required=True, help="key of the first partition")
     parser.add_argument("--last", help="key of the last partition, for a range")
+    parser.add_argument("--streams", type=int, default=1, help="connections for one interval")
     parser.add_argument("--read-first", action="store_true", help="all rows, before the first is written")
     asked = parser.parse_args()
     if asked.read_first:
@@ -115,6 +135,7 @@ def main() -> int:
             "interval": asked.interval,
             "start": asked.start,
             "schema": asked.schema,
+            "streams": asked.streams,
         }
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -138,14 +159,16 @@ def _run(export: PostgresExport, instance: dg.DagsterInstance, first: str, last:
     # As a deployment does when it has loaded its definitions.
     gc.freeze()
     tags = {"dagster/asset_partition_range_start": first, "dagster/asset_partition_range_end": last} if last else {}
-    began = time.monotonic()
+    began, cpu_before = time.monotonic(), time.process_time()
     result = job.execute_in_process(instance=instance, partition_key=None if last else first, tags=tags)
-    seconds = time.monotonic() - began
+    seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_before
     materialised = [
         event.step_materialization_data.materialization for event in result.get_asset_materialization_events()
     ]
     metadata = {str(one.partition): _figures(one) for one in materialised}
-    return Result(round(seconds, 3), round(_load_seconds(instance, result.run_id), 3), _peak_bytes(), metadata)
+    load_began, load_ended = _load_times(instance, result.run_id)
+    load_seconds = round(load_ended - load_began, 3)
+    return Result(round(seconds, 3), round(cpu_seconds, 3), load_began, load_seconds, _peak_bytes(), metadata)
 
 
 def _read_first() -> None:
@@ -162,13 +185,13 @@ def _read_first() -> None:
     setattr(ClickHouseResource, as_they_come.__name__, frames)
 
 
-def _load_seconds(instance: dg.DagsterInstance, run_id: str) -> float:
+def _load_times(instance: dg.DagsterInstance, run_id: str) -> tuple[float, float]:
     """From what the step has returned to its first materialisation: between them the IO manager works."""
     times: dict[dg.DagsterEventType, float] = {}
     for entry in instance.all_logs(run_id):
         if entry.dagster_event:
             times.setdefault(entry.dagster_event.event_type, entry.timestamp)
-    return times[dg.DagsterEventType.ASSET_MATERIALIZATION] - times[dg.DagsterEventType.STEP_OUTPUT]
+    return times[dg.DagsterEventType.STEP_OUTPUT], times[dg.DagsterEventType.ASSET_MATERIALIZATION]
 
 
 def _figures(materialised: dg.AssetMaterialization) -> dict[str, float]:

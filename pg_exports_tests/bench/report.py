@@ -1,10 +1,11 @@
-"""What the bench has measured, as Markdown tables; the README's part that the bench writes, and the chart beside it.
+"""What the bench has measured, as Markdown tables; what it writes of the README and other pages, and the chart beside it.
 
 Only text and pictures are made here. What is measured is in `peers` and the modules beside it.
 """
 
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -14,7 +15,12 @@ from pathlib import Path
 from pg_exports.sandbox import Sandbox
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
-"""Between these lines the README is the bench's."""
+"""Between these lines a page is the bench's."""
+
+MEASURED = "Measured by `make bench`: "
+
+_PART = re.compile(r"<!-- bench:part (\w+), ([^\n]*) -->\n(.*?)(?=<!-- bench:part |\Z)", re.DOTALL)
+"""A part of a page: its name, the circumstances, its text."""
 
 CHART = Path("docs") / "benchmark.svg"
 """Below the repository's root."""
@@ -65,11 +71,12 @@ class Bar:
     limit: bool = False
 
 
-def markdown(section: Section) -> str:
-    """A section as Markdown: title, table, remarks."""
+def markdown(section: Section, *, with_chart: bool = False) -> str:
+    """A section as Markdown: title, chart, table, remarks."""
+    chart = ["", f"![Seconds of a first load]({CHART.as_posix()})"] if with_chart else []
     rows = ["", table(section.header, section.rows)] if section.rows else []
     remarks = ["", *(f"- {remark}" for remark in section.remarks)] if section.remarks else []
-    return "\n".join([f"### {section.title}", *rows, *remarks])
+    return "\n".join([f"### {section.title}", *chart, *rows, *remarks])
 
 
 def table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
@@ -104,22 +111,48 @@ def _version(package: str) -> str | None:
         return None
 
 
-def page(measured: str, sections: Sequence[Section], *, with_chart: bool) -> str:
-    """The README's part: circumstances, chart, sections."""
-    chart = [f"![Seconds of a first load]({CHART.as_posix()})"] if with_chart else []
-    return "\n\n".join([f"Measured by `make bench`: {measured}", *chart, *(markdown(section) for section in sections)])
+def rewritten(page: str, name: str, measured: str, text: str, order: Sequence[str]) -> str:
+    """A page with the text of one part replaced, or added; what it has of the other parts stays.
+
+    Args:
+        page: the whole page.
+        name: of the part.
+        measured: the circumstances. They head the page while they are those of all its parts, and each part otherwise.
+        text: the part's Markdown, from its title on.
+        order: the names of all parts.
+
+    Raises:
+        ValueError: as `replaced`.
+    """
+    parts = {**_parts(page.partition(BEGIN)[2].partition(END)[0]), name: (measured, text)}
+    alike = len({circumstances for circumstances, _ in parts.values()}) == 1
+    lines = [f"{MEASURED}{measured}"] if alike else []
+    for part in sorted(parts, key=order.index):
+        circumstances, text = parts[part]
+        title, _, rest = text.partition("\n")
+        body = text if alike else f"{title}\n\n{MEASURED}{circumstances}\n{rest}"
+        lines.append(f"<!-- bench:part {part}, {circumstances} -->\n{body}")
+    return replaced(page, "\n\n".join(lines))
 
 
-def replaced(readme: str, text: str) -> str:
-    """The README with another text between the marks.
+def _parts(text: str) -> dict[str, tuple[str, str]]:
+    """Circumstances and text of each part."""
+    parts = {}
+    for name, circumstances, body in _PART.findall(text):
+        parts[name] = circumstances, body.replace(f"\n\n{MEASURED}{circumstances}\n", "\n", 1).strip()
+    return parts
+
+
+def replaced(page: str, text: str) -> str:
+    """A page with another text between the marks.
 
     Raises:
         ValueError: it has not each mark once, in this order.
     """
-    before, begin, rest = readme.partition(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or BEGIN in rest or END in before + after:
-        raise ValueError(f"The README must have {BEGIN} and {END} once, in this order.")
+        raise ValueError(f"The page must have {BEGIN} and {END} once, in this order.")
     return f"{before}{begin}\n{text.strip()}\n{end}{after}"
 
 
