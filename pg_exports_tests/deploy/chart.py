@@ -203,7 +203,11 @@ def _pod(part: Values, name: str, storage_secret: str, **settings: Any) -> dict[
         "name": name,
         "image": f"{image.take('repository')}:{image.take('tag')}",
         "imagePullPolicy": image.take("pullPolicy"),
-        "env": [{"name": "DAGSTER_PG_PASSWORD", "valueFrom": variable}],
+        "env": [
+            {"name": "DAGSTER_PG_PASSWORD", "valueFrom": variable},
+            # The chart has a ConfigMap of its own for them.
+            *({"name": name, "value": value} for name, value in part.take("env", {}).items()),
+        ],
         "envFrom": [
             *({"configMapRef": source} for source in part.take("envConfigMaps", [])),
             *({"secretRef": source} for source in part.take("envSecrets", [])),
