@@ -33,9 +33,11 @@ TEAM = 1
 LONGEST = (
     "ui.test_backfills",
     "ui.test_browser",
+    "cluster.test_cluster",
     "test_alerts",
     "test_connection_check",
     "test_streams",
+    "cluster.test_lost_runs",
     "deploy.test_kubernetes_run",
     "test_ranges_together",
     "clickhouse.test_cluster_sources",

@@ -20,7 +20,7 @@ from pg_exports_tests.cluster.deployment import LIMIT, Cluster, cluster
 from pg_exports_tests.cluster.rows import fill
 from pg_exports_tests.conftest import Target
 from pg_exports_tests.faults import eventually
-from pg_exports_tests.ui.test_backfills import held_at
+from pg_exports_tests.test_concurrency import holding
 
 HOURS = 96
 CHUNK = 4
@@ -28,6 +28,8 @@ ROWS = 2_500
 """Events of an hour."""
 
 PATIENCE = 600
+
+_HOLD = 20_261_124
 
 HELD = 15
 """Seconds in which a worker that has a run comes to its COMMIT."""
@@ -99,6 +101,7 @@ def disturb(running: Cluster, backfill: str, say: Callable[[str], None]) -> None
         return sum(recovery.retry_worker is not None for recovery in lost)
 
     eventually(lambda: done() >= 3, PATIENCE)
+    make_holdable(running)
     running.add("four", "five")
     running.wait_for("four", "five")
     say("workers four and five are added: there are more workers now than connections allowed")
@@ -126,15 +129,26 @@ def in_mid_transaction(running: Cluster, name: str, befalls: Callable[[str], Non
     There may be more workers than runs allowed, so this one may have none: then the others go on for a while.
     """
     target = Target(running.sandbox, "public")
-    hours = [datetime(2000, 1, 1, tzinfo=UTC), datetime.now(UTC)]
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        with contextlib.suppress(AssertionError), held_at(target, hours):
+        with contextlib.suppress(AssertionError), holding(target, f"SELECT pg_advisory_xact_lock({_HOLD})"):
             eventually(lambda: running.is_writing(name), HELD)
             befalls(name)
             return
         time.sleep(1)
     raise AssertionError(f"Worker {name} wrote nothing in {PATIENCE} s.")
+
+
+def make_holdable(running: Cluster) -> None:
+    """Have each transaction wait before its COMMIT while `_HOLD` is locked.
+
+    The trigger stays: to drop it would wait for the transaction of a worker that is cut off, and all others for that.
+    """
+    Target(running.sandbox, "public").execute(
+        f"CREATE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" PERFORM pg_advisory_xact_lock_shared({_HOLD}); RETURN NULL; END $$",
+        "CREATE TRIGGER hold AFTER INSERT OR UPDATE ON pg_exports_ledger FOR EACH ROW EXECUTE FUNCTION hold()",
+    )
 
 
 def _tell(running: Cluster, backfill: str, keys: list[str], samples: figures.Samples, story: Story) -> int:

@@ -32,16 +32,17 @@ from pg_exports_tests.ui.deployment import (
     PATIENCE,
     REPOSITORY,
     Deployment,
-    _answers,
-    _free_port,
-    _is_healthy,
-    _process,
-    _program,
+    answers_queries,
+    free_port,
+    has_healthy_daemons,
+    process_in,
+    program,
 )
 
 SETTINGS = REPOSITORY / "deploy" / "celery"
 BROKER = "PG_EXPORTS_BROKER_URL"
-POOL, LIMIT = "postgres", 4
+POOL, LIMIT = "postgres", 3
+"""The pool of the exports, and its limit: fewer than there are workers at times."""
 
 WORKER_OPTIONS = ("--loglevel", "INFO", "--without-gossip", "--without-mingle")
 """As in `pg-exports-worker.service`."""
@@ -85,10 +86,10 @@ class Cluster:
             on_host = self.network.add(name) if self.network else []
             command = (
                 *on_host,
-                *("env", f"PYTHONPATH={REPOSITORY}:{SETTINGS}", _program("celery"), "--app", "dagster_celery.app"),
+                *("env", f"PYTHONPATH={REPOSITORY}:{SETTINGS}", program("celery"), "--app", "dagster_celery.app"),
                 *("worker", "--concurrency", "1", "--hostname", f"{name}@%h", *WORKER_OPTIONS),
             )
-            started = self._stack.enter_context(_process(self.deployment.folder, name, command, self.variables))
+            started = self._stack.enter_context(process_in(self.deployment.folder, name, command, self.variables))
             self.workers[name] = Worker(name, started, self.network.address(name) if self.network else None)
             # At the end nobody waits for its run.
             self._stack.callback(self._end, name)
@@ -206,7 +207,7 @@ def broker(folder: Path, gateway: str | None) -> Iterator[Broker]:
     """Debian's redis-server with the settings of `deploy/celery`, for as long as the block lasts."""
     server = shutil.which("redis-server")
     assert server, "There is no redis-server here: `apt-get install redis-server`."
-    running = Broker(folder, _free_port(), secrets.token_urlsafe(18))
+    running = Broker(folder, free_port(), secrets.token_urlsafe(18))
     data = folder / "redis"
     data.mkdir()
     servers.write_private(
@@ -214,7 +215,7 @@ def broker(folder: Path, gateway: str | None) -> Iterator[Broker]:
         f"include {SETTINGS / 'redis.conf'}\nbind 127.0.0.1 {gateway or ''}\nport {running.port}\n"
         f"requirepass {running.password}\ndir {data}\n",
     )
-    with _process(folder, "redis", (server, str(folder / "redis.conf")), {}):
+    with process_in(folder, "redis", (server, str(folder / "redis.conf")), {}):
         eventually(lambda: _pings(running), PATIENCE)
         yield running
 
@@ -265,7 +266,7 @@ def cluster(
             **variables,
         }
         _write_settings(folder, seconds)
-        deployment = Deployment(folder, _free_port())
+        deployment = Deployment(folder, free_port())
         running = Cluster(deployment, sandbox, hosts, queue, environment)
         stack.enter_context(running._stack)
         # They take as long to start as the servers.
@@ -301,19 +302,19 @@ def _servers_of(deployment: Deployment, variables: Mapping[str, str]) -> Iterato
     """Webserver and daemon."""
     folder = deployment.folder
     commands: dict[str, Sequence[str]] = {
-        "webserver": (_program("dagster-webserver"), "-w", "workspace.yaml", "-p", str(deployment.port)),
+        "webserver": (program("dagster-webserver"), "-w", "workspace.yaml", "-p", str(deployment.port)),
         "daemon": (sys.executable, "-m", "pg_exports_tests.ui.daemon", "run", "-w", "workspace.yaml"),
     }
     # It also makes the storage's tables, for which the two others would get in each other's way.
-    set_limit = (_program("dagster"), "instance", "concurrency", "set", POOL, str(LIMIT))
-    with _process(folder, "dagster", set_limit, variables) as setting:
+    set_limit = (program("dagster"), "instance", "concurrency", "set", POOL, str(LIMIT))
+    with process_in(folder, "dagster", set_limit, variables) as setting:
         assert setting.wait(PATIENCE) == 0, deployment.log("dagster")
     with (
-        _process(folder, "webserver", commands["webserver"], variables) as webserver,
-        _process(folder, "daemon", commands["daemon"], variables) as daemon,
+        process_in(folder, "webserver", commands["webserver"], variables) as webserver,
+        process_in(folder, "daemon", commands["daemon"], variables) as daemon,
     ):
-        eventually(lambda: webserver.poll() is not None or _answers(deployment), PATIENCE)
+        eventually(lambda: webserver.poll() is not None or answers_queries(deployment), PATIENCE)
         assert webserver.poll() is None, deployment.log("webserver")
-        eventually(lambda: daemon.poll() is not None or _is_healthy(deployment), PATIENCE)
+        eventually(lambda: daemon.poll() is not None or has_healthy_daemons(deployment), PATIENCE)
         assert daemon.poll() is None, deployment.log("daemon")
         yield

@@ -21,7 +21,7 @@ from pg_exports import lost_runs
 from pg_exports.lost_runs import Looks, active_tasks
 from pg_exports_tests.cluster.deployment import BROKER, SETTINGS, WORKER_OPTIONS, Broker, broker
 from pg_exports_tests.faults import eventually
-from pg_exports_tests.ui.deployment import PATIENCE, _process
+from pg_exports_tests.ui.deployment import PATIENCE, process_in
 
 STARTED, STARTING = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING
 
@@ -78,7 +78,7 @@ def worker(queue: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     }
     celery = Path(sys.executable).parent / "celery"
     command = ("env", f"PYTHONPATH={SETTINGS}", str(celery), "--app", "dagster_celery.app", "worker", "-c", "1")
-    with _process(folder, "worker", (*command, *WORKER_OPTIONS), variables):
+    with process_in(folder, "worker", (*command, *WORKER_OPTIONS), variables):
         eventually(lambda: "ready." in (folder / "worker.log").read_text(), PATIENCE)
         yield
 

@@ -149,36 +149,36 @@ def deployed(folder: Path, sandbox: Sandbox, *, paused: bool = False, **environm
         (folder / name).symlink_to(REPOSITORY / name)
     variables = sandbox.environment() | {"DAGSTER_HOME": str(folder)} | environment
     (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in variables.items()))
-    deployment = Deployment(folder, _free_port())
-    webserver = (_program("dagster-webserver"), "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(deployment.port))
+    deployment = Deployment(folder, free_port())
+    webserver = (program("dagster-webserver"), "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(deployment.port))
     daemon = (sys.executable, "-m", "pg_exports_tests.ui.daemon", "run", "-w", "workspace.yaml")
-    set_limit = (_program("dagster"), "instance", "concurrency", "set", "postgres", "4")
-    with _process(folder, "dagster", set_limit, variables) as setting:
+    set_limit = (program("dagster"), "instance", "concurrency", "set", "postgres", "4")
+    with process_in(folder, "dagster", set_limit, variables) as setting:
         assert setting.wait(PATIENCE) == 0, deployment.log("dagster")
-    with _process(folder, "webserver", webserver, variables) as server:
-        eventually(lambda: server.poll() is not None or _answers(deployment), PATIENCE)
+    with process_in(folder, "webserver", webserver, variables) as server:
+        eventually(lambda: server.poll() is not None or answers_queries(deployment), PATIENCE)
         assert server.poll() is None, deployment.log("webserver")
         if paused:
             deployment.pause()
-        with _process(folder, "daemon", daemon, variables) as running:
-            eventually(lambda: running.poll() is not None or _is_healthy(deployment), PATIENCE)
+        with process_in(folder, "daemon", daemon, variables) as running:
+            eventually(lambda: running.poll() is not None or has_healthy_daemons(deployment), PATIENCE)
             assert running.poll() is None, deployment.log("daemon")
             yield deployment
 
 
-def _answers(deployment: Deployment) -> bool:
+def answers_queries(deployment: Deployment) -> bool:
     with contextlib.suppress(OSError):
         deployment.ask(queries.AUTOMATION, selector=LOCATION)
         return True
     return False
 
 
-def _is_healthy(deployment: Deployment) -> bool:
+def has_healthy_daemons(deployment: Deployment) -> bool:
     return all(daemon["healthy"] for daemon in deployment.ask(queries.DAEMONS)["daemonHealth"]["allDaemonStatuses"])
 
 
 @contextlib.contextmanager
-def _process(
+def process_in(
     folder: Path, name: str, command: Sequence[str], variables: Mapping[str, str]
 ) -> Iterator["subprocess.Popen[bytes]"]:
     """A process in a folder, with a log of its name; killed with its children."""
@@ -202,11 +202,11 @@ def _environment(variables: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **variables, "PYTHONPATH": str(REPOSITORY)}
 
 
-def _program(name: str) -> str:
+def program(name: str) -> str:
     return str(Path(sys.executable).parent / name)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
