@@ -32,7 +32,9 @@ def test_a_backfill_is_launched_from_the_dialog_and_its_partitions_show_their_fi
         expect(page.get_by_text("Every event that ClickHouse received")).to_be_visible()
         choose_partitions(page, keys[0], keys[-1])
         expect(page.get_by_text("4 partitions", exact=True)).to_be_visible()
-        expect(page.get_by_text("Backfills in multiple runs, with a maximum of 720 partitions per run.")).to_be_visible()
+        expect(
+            page.get_by_text("Backfills in multiple runs, with a maximum of 720 partitions per run.")
+        ).to_be_visible()
         picture(page, tmp_path / "dialog.png")
         launch(page)
         eventually(lambda: not missing(deployment, hours), PATIENCE)
