@@ -82,7 +82,7 @@ def may_go_straight_in(export: IntervalFrames, table: DestinationTable, past: Pa
     return not (export.model.merge or past.rows_before or export.deduplicate == "table" or table.may_drop_rows)
 
 
-@dataclass
+@dataclass(eq=False)
 class Load:
     """The rows of all that is loaded, or a part of them, on one connection.
 
@@ -193,7 +193,9 @@ class Load:
     def stop(self) -> None:
         """From another thread: have `copy` end soon, with an error."""
         self._is_stopped = True
-        self._answer.close()
+        # Its own thread may be about to close it. What led here is the error to raise.
+        with contextlib.suppress(Exception):
+            self._answer.close()
         self.session.cancel()
 
     def _until_stopped(self, frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 
 from pg_exports.errors import PassingError
 from pg_exports.models import Part
-from pg_exports.postgres import ledger
+from pg_exports.postgres import locks
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.load import Load, Loading
 from pg_exports.postgres.session import Session
@@ -72,7 +72,7 @@ def _begun(other: Session, loading: Loading) -> contextlib.ExitStack | None:
     try:
         with contextlib.ExitStack() as transaction:
             transaction.enter_context(other.transaction())
-            ledger.join(other, loading.table.destination, interval)
+            locks.join(other, loading.table.destination, interval)
             tables.lock(other, loading.table.destination, wait=False)
             return transaction.pop_all()
     except PassingError as error:
@@ -91,7 +91,7 @@ def _copy_side_by_side(parts: Sequence[Load]) -> None:
                 one.result()
                 del running[one]
             for part in parts:
-                if part not in running.values():
+                if running and part not in running.values():
                     part.session.execute("SELECT 1", doing="waiting for the interval's other parts")
     except BaseException:
         _stop(running)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Seconds, spanned
-from pg_exports.postgres import ledger, rejected, streams
+from pg_exports.postgres import ledger, locks, rejected, streams
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.ledger import Past, Written
 from pg_exports.postgres.load import Load, Loading, may_go_straight_in
@@ -75,7 +75,7 @@ def write(
     started_at = datetime.now(UTC)
     outcome = Outcome()
     with session.transaction():
-        free = ledger.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
+        free = locks.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
         tables.lock(session, destination)
         table = tables.inspect(session, destination, export.model)
         known = ledger.past(session, table, free, export=export.export, team_id=export.team_id, run_id=run_id)
