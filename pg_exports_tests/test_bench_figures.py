@@ -55,7 +55,7 @@ def test_a_day_is_loaded_over_as_many_connections_as_are_asked_for(sandbox: Sand
 
 
 def test_tables_of_other_kinds_are_loaded_beside_the_plain_one_and_read_meanwhile(sandbox: Sandbox) -> None:
-    both = destinations.Variant("both", partitioned=True, indexed=True, read=True)
+    both = destinations.Variant("both", partitioned=True, indexes=destinations.TWO_BTREES, read=True)
     by_hash = destinations.Variant("by hash", "persons", partitioned=True)
     section = destinations.measure(sandbox, rounds=1, events=3_000, variants=(both, by_hash))
     check_report(section, rows=2)

@@ -7,17 +7,16 @@ neither its CPU nor its WAL counts.
 """
 
 import contextlib
-import dataclasses
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 from pg_exports.postgres import journal, ledger
 from pg_exports.postgres.identifiers import literal, quoted
-from pg_exports.sandbox import Sandbox, postgres_server
-from pg_exports.sandbox.servers import DATABASE, INSTANCE
+from pg_exports.sandbox import Sandbox
+from pg_exports.sandbox.servers import DATABASE
 from pg_exports_tests.bench import dataset, product, ranges
 from pg_exports_tests.bench.merges import PERSONS_A_HUMAN
 from pg_exports_tests.bench.processes import BenchError, Usage
@@ -29,8 +28,6 @@ EVENTS_SHARE, PERSONS_SHARE = 1 / 2, 1 / 5
 
 MILLION = 1_000_000
 MB = 1_000_000
-
-STORAGE_URL = "DAGSTER_POSTGRES_URL"
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def measure(
     """
     with (
         _like_a_server_with_defaults(sandbox),
-        _storage_elsewhere(sandbox) as storage,
+        product.storage_elsewhere(sandbox) as storage,
         dataset.new_database(sandbox) as of_events,
         dataset.new_database(sandbox) as of_people,
     ):
@@ -167,7 +164,9 @@ def _ledger_bytes(measured: Sequence[Footprint]) -> int:
     return max(cost.ledger for one in measured for cost in one.loads)
 
 
-def _footprint(sandbox: Sandbox, storage: str, rounds: int, model: str, database: str, start: datetime) -> Footprint:
+def _footprint(
+    sandbox: Sandbox, storage: Mapping[str, str], rounds: int, model: str, database: str, start: datetime
+) -> Footprint:
     rows = dataset.rows_of_day(sandbox, database, model, start)
     loads, reruns = [], []
     for number in range(rounds):
@@ -186,11 +185,13 @@ def _footprint(sandbox: Sandbox, storage: str, rounds: int, model: str, database
     return Footprint(model, rows, loads, reruns)
 
 
-def _cost(sandbox: Sandbox, storage: str, model: str, database: str, schema: str, start: datetime) -> Cost:
+def _cost(
+    sandbox: Sandbox, storage: Mapping[str, str], model: str, database: str, schema: str, start: datetime
+) -> Cost:
     """One run after a CHECKPOINT."""
     sandbox.postgres.execute("CHECKPOINT")
     before = _written_wal(sandbox)
-    result, usage = product.measure_day(sandbox, model, database, schema, start, environment={STORAGE_URL: storage})
+    result, usage = product.measure_day(sandbox, model, database, schema, start, environment=storage)
     wal = _written_wal(sandbox) - before
     table, indexes = (_size(sandbox, function, schema, model) for function in ("pg_table_size", "pg_indexes_size"))
     journals, of_ledger = (
@@ -219,16 +220,3 @@ def _like_a_server_with_defaults(sandbox: Sandbox) -> Iterator[None]:
         yield
     finally:
         sandbox.postgres.execute(f"ALTER SYSTEM SET full_page_writes = {before}", "SELECT pg_reload_conf()")
-
-
-@contextlib.contextmanager
-def _storage_elsewhere(sandbox: Sandbox) -> Iterator[str]:
-    """The URL of a storage for Dagster on a Postgres of its own, for the block."""
-    server = postgres_server.start(sandbox.certificates)
-    try:
-        postgres_server.create_role(server, INSTANCE, sandbox.instance_password)
-        postgres_server.create_database(server, INSTANCE, owner=INSTANCE)
-        postgres_server.grant_export(server, INSTANCE, INSTANCE)
-        yield dataclasses.replace(sandbox, postgres=server).environment()[STORAGE_URL]
-    finally:
-        postgres_server.stop(server)

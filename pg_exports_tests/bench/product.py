@@ -7,6 +7,7 @@ first contact with its storage are not counted. Other modules start it by
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -25,7 +26,8 @@ import dagster as dg
 import polars as pl
 
 from pg_exports import ClickHouseResource, PostgresExport
-from pg_exports.sandbox import Sandbox
+from pg_exports.sandbox import Sandbox, postgres_server
+from pg_exports.sandbox.servers import INSTANCE
 from pg_exports_tests.bench import processes
 from pg_exports_tests.bench.dataset import TEAM
 from pg_exports_tests.bench.processes import Usage
@@ -34,6 +36,9 @@ MODULE = "pg_exports_tests.bench.product"
 
 SETTINGS = Path(__file__).parents[2] / "dagster.yaml"
 """The instance's settings, those of the repository."""
+
+STORAGE_URL = "DAGSTER_POSTGRES_URL"
+"""Which variable says where Dagster's storage is."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,22 @@ def measure_day(
     command = [*arguments(model, database, schema, interval="day", start=date, first=date), *further]
     usage = processes.run(command, sandbox, environment)
     return Result.of(usage.output), usage
+
+
+@contextlib.contextmanager
+def storage_elsewhere(sandbox: Sandbox) -> Iterator[Mapping[str, str]]:
+    """The variables of runs whose storage for Dagster is on a Postgres of its own, for the block.
+
+    There are a hundred connections to it in each run, which are not what an export costs its destination.
+    """
+    server = postgres_server.start(sandbox.certificates)
+    try:
+        postgres_server.create_role(server, INSTANCE, sandbox.instance_password)
+        postgres_server.create_database(server, INSTANCE, owner=INSTANCE)
+        postgres_server.grant_export(server, INSTANCE, INSTANCE)
+        yield {STORAGE_URL: dataclasses.replace(sandbox, postgres=server).environment()[STORAGE_URL]}
+    finally:
+        postgres_server.stop(server)
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
-"""What docs/destinations.md says of tables by month and by hash: its own SQL, run as their owner would run it, and exports
-into what it makes.
+"""What docs/destinations.md and the README say of tables by month and by hash: their own SQL, run as the tables' owner would
+run it, and exports into what it makes.
 """
 
 import re
@@ -19,15 +19,14 @@ from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import ROWS, fill_persons
 from pg_exports_tests.source_rows import event, export_of
 
-AUGUST, SEPTEMBER, OCTOBER = (datetime(2026, month, 15, 12, tzinfo=UTC) for month in (8, 9, 10))
+AUGUST, SEPTEMBER, OCTOBER, NOVEMBER = (datetime(2026, month, 15, 12, tzinfo=UTC) for month in (8, 9, 10, 11))
 
 
 class Page:
     """The page's SQL, block by block, as it is in a test's own schema."""
 
-    def __init__(self, repository: Path, target: Target) -> None:
-        text = (repository / "docs" / "destinations.md").read_text()
-        self._blocks = re.findall(r"```sql\n(.*?)```", text, re.DOTALL)
+    def __init__(self, file: Path, target: Target) -> None:
+        self._blocks = re.findall(r"```sql\n(.*?)```", file.read_text(), re.DOTALL)
         self._target = target
 
     def block(self, telling: str) -> str:
@@ -50,7 +49,7 @@ class Page:
 
 @pytest.fixture
 def page(repository: Path, target: Target) -> Page:
-    return Page(repository, target)
+    return Page(repository / "docs" / "destinations.md", target)
 
 
 def by_partition(target: Target) -> dict[str, int]:
@@ -63,6 +62,15 @@ def test_the_tables_have_the_columns_and_keys_that_an_export_would_make(page: Pa
         made = create_statement(Destination(None, "posthog", model), MODELS[model])
         expected = made.replace('"', "").replace(" IF NOT EXISTS", "") + " PARTITION BY"
         assert expected in page.block(f"CREATE TABLE posthog.{model} (")
+
+
+def test_the_table_by_month_of_the_readme_takes_what_an_export_sends(
+    repository: Path, source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    Page(repository / "README.md", target).run("PARTITION BY RANGE (timestamp)")
+    source.insert("events", *(event(hour, timestamp=moment) for moment in (OCTOBER, NOVEMBER)))
+    assert run(export_of("events", target, hour), partition_key(hour)).counts == (2, 0, 0)
+    assert by_partition(target) == {"events_default": 1, "events_2026_11": 1}
 
 
 def test_months_are_made_ahead_filled_moved_out_of_the_default_partition_and_dropped(
@@ -130,11 +138,11 @@ def test_what_is_asked_about_readers_and_vacuum_can_be_asked(page: Page) -> None
 
 
 # While a load holds the table, by the page's own table of who waits.
-NOVEMBER = "FOR VALUES FROM ('2027-11-01') TO ('2027-12-01')"
+OF_NOVEMBER = "FOR VALUES FROM ('2027-11-01') TO ('2027-12-01')"
 WAITING = {
     "CREATE INDEX ON events (uuid)": True,
-    f"CREATE TABLE november PARTITION OF events {NOVEMBER}": True,
-    f"ALTER TABLE events ATTACH PARTITION november {NOVEMBER}": False,
+    f"CREATE TABLE november PARTITION OF events {OF_NOVEMBER}": True,
+    f"ALTER TABLE events ATTACH PARTITION november {OF_NOVEMBER}": False,
     "ALTER TABLE events DETACH PARTITION events_2026_09": True,
     "DROP TABLE events_2026_09": True,
     "ANALYZE events": False,
