@@ -16,6 +16,7 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from clickhouse_connect.driver.client import Client
 
 from pg_exports import ClickHouseResource, PostgresExport, PostgresIOManager, PostgresResource
 from pg_exports.postgres import io_manager
@@ -83,20 +84,22 @@ class Source:
     sandbox: Sandbox
     database: str
 
+    @functools.cached_property
+    def client(self) -> Client:
+        """A client of this database, made once."""
+        return self.sandbox.new_client(self.database)
+
     def execute(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
         """Run a statement in this database."""
-        with self.sandbox.clickhouse_client(self.database) as client:
-            client.command(sql, dict(parameters or {}))
+        self.client.command(sql, dict(parameters or {}))
 
     def rows(self, sql: str, parameters: Mapping[str, object] | None = None) -> list[tuple[Any, ...]]:
         """Rows of a query in this database."""
-        with self.sandbox.clickhouse_client(self.database) as client:
-            return [tuple(row) for row in client.query(sql, dict(parameters or {})).result_rows]
+        return [tuple(row) for row in self.client.query(sql, dict(parameters or {})).result_rows]
 
     def insert(self, table: str, *rows: Mapping[str, object]) -> None:
         """Insert rows that have the same columns."""
-        with self.sandbox.clickhouse_client(self.database) as client:
-            client.insert(table, [list(row.values()) for row in rows], column_names=list(rows[0]))
+        self.client.insert(table, [list(row.values()) for row in rows], column_names=list(rows[0]))
 
     def columns_read(self, export: str) -> list[set[str]]:
         """The columns that each query of an export has read, oldest first, from ClickHouse's own log."""

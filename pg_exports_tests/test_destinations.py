@@ -7,8 +7,8 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psycopg2
 import pytest
-from adbc_driver_postgresql import dbapi
 
 from pg_exports.models import MODELS
 from pg_exports.postgres.identifiers import quoted
@@ -171,7 +171,7 @@ def is_refused(target: Target, statement: str) -> bool:
     refused = ""
     try:
         target.execute("SET lock_timeout = '200ms'", statement)
-    except dbapi.Error as error:
+    except psycopg2.Error as error:
         refused = str(error)
     assert not refused or "lock timeout" in refused
     return bool(refused)

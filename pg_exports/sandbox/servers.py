@@ -1,6 +1,7 @@
 """Both servers of a sandbox, the roles and databases in them, and the environment in which exports reach them."""
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -67,10 +68,9 @@ class Sandbox:
             "PG_EXPORTS_TEAM_ID": "1",
         }
 
-    @contextlib.contextmanager
-    def clickhouse_client(self, database: str = "default") -> Iterator[Client]:
-        """A client of the sandbox's ClickHouse, over HTTPS with the certificate verified."""
-        client = clickhouse_connect.get_client(
+    def new_client(self, database: str = "default") -> Client:
+        """A client of the sandbox's ClickHouse, over HTTPS with the certificate verified. To make one takes four requests."""
+        return clickhouse_connect.get_client(
             host=HOST,
             port=self.clickhouse.https_port,
             interface="https",
@@ -80,13 +80,20 @@ class Sandbox:
             ca_cert=str(self.certificates.authority),
             autogenerate_session_id=False,
         )
-        with contextlib.closing(client):
+
+    @contextlib.contextmanager
+    def clickhouse_client(self, database: str = "default") -> Iterator[Client]:
+        """The same, for the block."""
+        with contextlib.closing(self.new_client(database)) as client:
             yield client
+
+    @functools.cached_property
+    def _client(self) -> Client:
+        return self.new_client()
 
     def execute(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
         """Run one ClickHouse statement, with `{name:Type}` parameters."""
-        with self.clickhouse_client() as client:
-            client.command(sql, dict(parameters or {}))
+        self._client.command(sql, dict(parameters or {}))
 
     @property
     def is_running(self) -> bool:

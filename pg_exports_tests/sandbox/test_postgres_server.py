@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import psycopg2
 import pytest
-from adbc_driver_postgresql import dbapi
 
 from pg_exports.sandbox import Sandbox, certificates, postgres_server, servers
 from pg_exports.sandbox.postgres_server import PostgresSandboxError
@@ -51,7 +51,7 @@ def test_a_restarted_server_is_where_it_was_with_what_was_committed_and_without_
         server.execute("CREATE TABLE things AS SELECT 1 AS n")
         with postgres_server.admin(server) as before, before.cursor() as cursor:
             postgres_server.restart(server, mode)
-            with pytest.raises(dbapi.Error, match=r"server closed the connection|terminating connection"):
+            with pytest.raises(psycopg2.Error, match=r"server closed the connection|terminating connection"):
                 cursor.execute("SELECT n FROM things")
         assert server.rows("SELECT n FROM things") == [(1,)]
     finally:
@@ -68,7 +68,7 @@ def test_a_standby_follows_its_primary_speaks_tls_and_writes_nothing(sandbox: Sa
             assert standby.rows("SELECT pg_is_in_recovery(), current_setting('ssl'), n FROM things") == [
                 (True, "on", 1)
             ]
-            with pytest.raises(dbapi.Error, match="read-only transaction"):
+            with pytest.raises(psycopg2.Error, match="read-only transaction"):
                 standby.execute("INSERT INTO things VALUES (2)")
             primary.execute("INSERT INTO things VALUES (2)")
             deadline = time.monotonic() + 10
@@ -84,18 +84,18 @@ def test_a_standby_follows_its_primary_speaks_tls_and_writes_nothing(sandbox: Sa
 def test_the_superuser_is_reached_by_the_socket_in_the_private_folder_alone(sandbox: Sandbox) -> None:
     server = sandbox.postgres
     assert server.folder.stat().st_mode & 0o077 == 0
-    with pytest.raises(dbapi.Error, match="no password supplied"):
-        dbapi.connect(f"host=localhost port={server.port} user={postgres_server.SUPERUSER} dbname=postgres")
-    with pytest.raises(dbapi.Error, match=r"no pg_hba\.conf entry"):
-        dbapi.connect(
+    with pytest.raises(psycopg2.Error, match="no password supplied"):
+        psycopg2.connect(f"host=localhost port={server.port} user={postgres_server.SUPERUSER} dbname=postgres")
+    with pytest.raises(psycopg2.Error, match=r"no pg_hba\.conf entry"):
+        psycopg2.connect(
             f"host='{server.folder}' port={server.port} user={ROLE} password={sandbox.password} dbname={DATABASE}"
         )
 
 
 def test_a_server_with_certificates_lets_nobody_in_without_tls(sandbox: Sandbox) -> None:
     uri = f"host=localhost port={sandbox.postgres.port} user={ROLE} password={sandbox.password} dbname={DATABASE}"
-    with pytest.raises(dbapi.Error, match="no encryption"):
-        dbapi.connect(f"{uri} sslmode=disable")
+    with pytest.raises(psycopg2.Error, match="no encryption"):
+        psycopg2.connect(f"{uri} sslmode=disable")
 
 
 def test_the_role_has_the_narrow_grants_and_no_others(sandbox: Sandbox) -> None:
