@@ -33,7 +33,6 @@ TEAM = 1
 
 LONGEST = (
     "ui.test_backfills",
-    "ui.test_browser",
     "cluster.test_cluster",
     "test_alerts",
     "test_connection_check",
