@@ -131,6 +131,9 @@ def test_persons_by_month_are_refused_before_a_row_is_sent(
     fill_persons(source, hour)
     refused = run(export_of("persons", target, hour), partition_key(hour)).error or ""
     assert "has no primary key on (team_id, distinct_id), by which persons are merged" in refused
+    assert (
+        "It is partitioned by RANGE (created_at), and Postgres wants that in each key: make the table anew" in refused
+    )
 
 
 def test_what_is_asked_about_readers_and_vacuum_can_be_asked(page: Page) -> None:

@@ -461,6 +461,36 @@ def _check_key(session: Session, destination: Destination, model: Model, oid: in
     if not any(sorted(map(str, json.loads(str(names)))) == sorted(model.key) for (names,) in rows):
         raise DestinationError(
             f"{destination.qualified} has no primary key on ({', '.join(model.key)}), by which {model.name} are merged. "
-            f"Run as its owner: ALTER TABLE {destination.qualified} ADD PRIMARY KEY "
-            f"({', '.join(quoted(name) for name in model.key)});"
+            f"{_remedy(session, destination, model, oid)}"
         )
+
+
+def _remedy(session: Session, destination: Destination, model: Model, oid: int) -> str:
+    """How a table gets the key, as far as Postgres lets it: a key of a partitioned table has the partition key in it."""
+    [(partition_key, columns, has_primary_key)] = session.rows(
+        """
+        SELECT
+            pg_get_partkeydef(c.oid),
+            (
+                SELECT json_agg(a.attname)::text
+                FROM pg_partitioned_table AS p
+                CROSS JOIN unnest(p.partattrs::int2[]) AS k(attnum)
+                LEFT JOIN pg_attribute AS a ON a.attrelid = p.partrelid AND a.attnum = k.attnum
+                WHERE p.partrelid = c.oid
+            ),
+            EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND i.indisprimary)
+        FROM pg_class AS c
+        WHERE c.oid = $1::bigint::oid
+        """,
+        oid,
+        doing="reading the table's keys",
+    )
+    key = ", ".join(quoted(name) for name in model.key)
+    if columns and not set(json.loads(str(columns))) <= set(model.key):
+        return (
+            f"It is partitioned by {partition_key}, and Postgres wants that in each key: make the table anew, plain or "
+            f"partitioned by columns of the key (docs/destinations.md)."
+        )
+    if has_primary_key:
+        return f"It has another one. Run as its owner: CREATE UNIQUE INDEX ON {destination.qualified} ({key});"
+    return f"Run as its owner: ALTER TABLE {destination.qualified} ADD PRIMARY KEY ({key});"

@@ -286,6 +286,24 @@ def test_a_merge_model_needs_a_key_that_on_conflict_can_use(target: Target) -> N
         assert expected in refusal(target, PERSONS, f"t{n}")
 
 
+def test_a_table_with_another_primary_key_gets_a_unique_index(target: Target) -> None:
+    create(target, "persons", "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY", *PERSON_COLUMNS)
+    message = refusal(target, PERSONS)
+    assert "It has another one." in message
+    target.execute(message[message.index("CREATE UNIQUE INDEX") :])
+    assert load(target, PERSONS, person()) == Merged(1, 0)
+
+
+@pytest.mark.parametrize("partition_key", ["RANGE (person_version)", "HASH (lower(distinct_id))"])
+def test_a_table_that_is_partitioned_by_what_is_not_in_the_key_is_to_be_made_anew(
+    target: Target, partition_key: str
+) -> None:
+    create(target, "persons", *PERSON_COLUMNS, after=f"PARTITION BY {partition_key}")
+    message = refusal(target, PERSONS)
+    assert f"It is partitioned by {partition_key}, and Postgres wants that in each key: make the table anew" in message
+    assert "ALTER TABLE" not in message
+
+
 def test_a_unique_index_on_the_same_columns_in_any_order_is_a_key(target: Target) -> None:
     indexes = (
         "(distinct_id, team_id)",
