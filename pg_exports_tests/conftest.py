@@ -88,6 +88,10 @@ class Source:
         """A client of this database, made once."""
         return self.sandbox.new_client(self.database)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Another process has a client of its own."""
+        return {"sandbox": self.sandbox, "database": self.database}
+
     def execute(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
         """Run a statement in this database."""
         self.client.command(sql, dict(parameters or {}))

@@ -4,9 +4,13 @@ How fast anything is, is `make bench`'s business. The other way to launch a rang
 intervals) differs by a name and a number from the one that is launched here, and is left to it: `dg launch` takes long.
 """
 
+import pytest
+
 from pg_exports.sandbox import Sandbox
 from pg_exports_tests.bench import destinations, footprint, memory, merges, ranges, report, small_runs, streams
 from pg_exports_tests.bench.report import Section
+
+pytestmark = pytest.mark.slow
 
 
 def check_report(section: Section, rows: int) -> None:

@@ -87,13 +87,9 @@ class Sandbox:
         with contextlib.closing(self.new_client(database)) as client:
             yield client
 
-    @functools.cached_property
-    def _client(self) -> Client:
-        return self.new_client()
-
     def execute(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
         """Run one ClickHouse statement, with `{name:Type}` parameters."""
-        self._client.command(sql, dict(parameters or {}))
+        _client(self).command(sql, dict(parameters or {}))
 
     @property
     def is_running(self) -> bool:
@@ -101,6 +97,12 @@ class Sandbox:
         with contextlib.suppress(Exception), self.clickhouse_client() as client:
             return bool(client.ping()) and postgres_server.is_running(self.postgres)
         return False
+
+
+@functools.cache
+def _client(sandbox: Sandbox) -> Client:
+    """Of which there is one for all statements."""
+    return sandbox.new_client()
 
 
 def start(folder: Path) -> Sandbox:
