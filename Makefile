@@ -29,10 +29,10 @@ check: .venv/installed ## Whether the connections and tables of the exports are 
 backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2026-11-01 TO=2026-11-20)
 	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO)
 
-# Tests wait for servers more than they work: four processes, each with servers of its own. ALL=1, as in CI,
+# Tests wait for servers more than they work: three processes, each with servers of its own. ALL=1, as in CI,
 # adds those of the bench.
 test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every check and test (ALL=1: those of the bench, too)
-	@$(BIN)/python -m pytest $(if $(ALL),,-m 'not slow') --numprocesses 4 --dist loadscope --no-loadscope-reorder
+	@$(BIN)/python -m pytest $(if $(ALL),,-m 'not slow') --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
 	@$(BIN)/python -m pg_exports_tests.soak $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS))
