@@ -30,8 +30,8 @@ backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2
 	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO)
 
 # Tests wait for servers more than they work: three processes, each with servers of its own. ALL=1, as in CI,
-# adds those of the bench.
-test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every check and test (ALL=1: those of the bench, too)
+# adds the slow ones: of the bench, the package in another project, and a pod's run.
+test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every check and test (ALL=1: the slow ones, too)
 	@$(BIN)/python -m pytest $(if $(ALL),,-m 'not slow') --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)

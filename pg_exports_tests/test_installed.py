@@ -18,6 +18,8 @@ from pg_exports.sandbox import Sandbox
 from pg_exports_tests.conftest import Source, Target, partition_key
 from pg_exports_tests.source_rows import event, mapping, person
 
+pytestmark = pytest.mark.slow
+
 HOUR = timedelta(hours=1)
 
 # As `create-dagster project` lays it out.

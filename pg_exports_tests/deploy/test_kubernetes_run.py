@@ -32,6 +32,8 @@ from pg_exports_tests.deploy.test_kubernetes import FOLDER, VERSIONS, changed
 from pg_exports_tests.faults import eventually
 from pg_exports_tests.source_rows import event
 
+pytestmark = pytest.mark.slow
+
 DEFINITIONS = """
 import dagster as dg
 
