@@ -29,8 +29,8 @@ check: .venv/installed ## Whether the connections and tables of the exports are 
 backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2026-11-01 TO=2026-11-20)
 	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO)
 
-# Tests wait for servers more than they work: three processes, each with servers of its own. ALL=1, as in CI,
-# adds the slow ones: of the bench, the package in another project, and a pod's run.
+# Three processes, each with servers of its own: they keep two cores busy throughout. ALL=1, as in CI, adds the slow ones:
+# of the bench, the package in another project, and a pod's run.
 test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every check and test (ALL=1: the slow ones, too)
 	@$(BIN)/python -m pytest $(if $(ALL),,-m 'not slow') --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
