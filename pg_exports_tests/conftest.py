@@ -6,6 +6,7 @@ Exports run as the narrow role over verified TLS. The superuser, over a socket, 
 import contextlib
 import functools
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -30,6 +31,8 @@ SAMPLE_HOURS = 30
 SAMPLE_EVENTS = 3_000
 TEAM = 1
 
+LONGEST_OF_A_TEST = timedelta(seconds=60)
+"""What a test that looks at the clock takes at most, on a busy machine."""
 
 LONGEST = (
     "ui.test_backfills",
@@ -135,6 +138,14 @@ def source(sandbox: Sandbox) -> Iterator[Source]:
     source_tables.create_tables(sandbox.execute, database)
     yield Source(sandbox, database)
     sandbox.execute(f"DROP DATABASE {database} SYNC")
+
+
+@pytest.fixture
+def public(sandbox: Sandbox) -> Iterator[None]:
+    """The schema that the shipped exports write to, for a test alone."""
+    yield
+    sandbox.postgres.execute("DROP SCHEMA public CASCADE", database=DATABASE)
+    postgres_server.grant_export(sandbox.postgres, ROLE, DATABASE, "public")
 
 
 @pytest.fixture(scope="session")
@@ -338,5 +349,13 @@ def repository() -> Path:
 
 @pytest.fixture
 def hour() -> datetime:
-    """Start of a recent hour that is over."""
-    return datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=3)
+    """Start of a recent hour: three hours before the one that it is. Where that one is about to end the test waits for
+    the next, as what is late, over or today would change under it.
+    """
+    now = datetime.now(UTC)
+    current = now.replace(minute=0, second=0, microsecond=0)
+    left = current + timedelta(hours=1) - now
+    if left < LONGEST_OF_A_TEST:
+        time.sleep(left.total_seconds())
+        current += timedelta(hours=1)
+    return current - timedelta(hours=3)

@@ -663,7 +663,10 @@ def test_the_daemons_find_a_failed_run_and_a_late_interval_by_a_code_server(
         monkeypatch.setenv(name, value)
     # Not the repository's root: a code server loads the `.env` of its folder, which wins.
     monkeypatch.chdir(tmp_path)
-    alerts = {"webhook": "{{ env.ALERTS_WEBHOOK }}", "webserver_url": SERVER, "lag_minutes": 60}
+    began = datetime.now(UTC)
+    # Half an hour from both ends of the time in which that interval is the latest that is late: the clock may strike.
+    lag_minutes = int((began - (hour + 2 * HOUR)) / timedelta(minutes=1)) - 30
+    alerts = {"webhook": "{{ env.ALERTS_WEBHOOK }}", "webserver_url": SERVER, "lag_minutes": lag_minutes}
     package = project(tmp_path, alerts, monkeypatch)
     for name, settings in (
         ("failing", {"schema": "nowhere"}),
@@ -680,7 +683,6 @@ def test_the_daemons_find_a_failed_run_and_a_late_interval_by_a_code_server(
     )
     code = ModuleTarget(f"{package.name}.definitions", None, str(tmp_path), tmp_path.name)
     logger = logging.getLogger("daemon")
-    began = datetime.now(UTC)
     minutes = itertools.count(1)
     with create_test_daemon_workspace_context(code, instance) as workspace:
 

@@ -5,7 +5,7 @@ The command runs as a process in the folder of a deployment, as those of `test_d
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import pytest
 from pg_exports.backfill import key_range
 from pg_exports.errors import SettingsError
 from pg_exports.partitions import Grid, IntervalLength
-from pg_exports.sandbox import Sandbox, postgres_server
-from pg_exports.sandbox.servers import DATABASE, ROLE
+from pg_exports.sandbox import Sandbox
+from pg_exports.sandbox.servers import DATABASE
 from pg_exports_tests.conftest import Source, partition_key
 from pg_exports_tests.test_definitions import at_source
 
@@ -102,14 +102,6 @@ def deploy(folder: Path, repository: Path, environment: Mapping[str, str]) -> Pa
 def backfill(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-m", "pg_exports.backfill", *words]
     return subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-
-
-@pytest.fixture
-def public(sandbox: Sandbox) -> Iterator[None]:
-    """The schema that the shipped exports write to, for a test alone."""
-    yield
-    sandbox.postgres.execute("DROP SCHEMA public CASCADE", database=DATABASE)
-    postgres_server.grant_export(sandbox.postgres, ROLE, DATABASE, "public")
 
 
 @pytest.mark.usefixtures("public")

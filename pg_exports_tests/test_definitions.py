@@ -68,6 +68,7 @@ def test_the_component_is_known_to_dg(deployment: Path) -> None:
     assert "pg_exports.PostgresExport" in command(deployment, "dg", "list", "components").stdout
 
 
+@pytest.mark.usefixtures("public")
 def test_one_partition_and_then_a_range_are_exported_from_the_command_line(
     sandbox: Sandbox, sample: Source, sample_end: datetime, deployment: Path
 ) -> None:

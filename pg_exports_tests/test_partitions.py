@@ -347,10 +347,10 @@ def events_export(target: Target, **changes: Any) -> PostgresExport:
     return PostgresExport(**(settings | changes))
 
 
-def test_a_refused_range_reads_and_writes_nothing(source: Source, target: Target) -> None:
-    today = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
-    export = events_export(target, start=today - 4 * HOUR)
-    hours = [f"{today + number * HOUR:%Y-%m-%d-%H:%M}" for number in range(-5, 3)]
+def test_a_refused_range_reads_and_writes_nothing(source: Source, target: Target, hour: datetime) -> None:
+    current = hour + 3 * HOUR
+    export = events_export(target, start=current - 4 * HOUR)
+    hours = [f"{current + number * HOUR:%Y-%m-%d-%H:%M}" for number in range(-5, 3)]
     half_past = hours[3].replace(":00", ":30")
     for first, last, said in (
         (hours[2], hours[5], "not over"),

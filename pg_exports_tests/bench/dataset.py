@@ -6,6 +6,7 @@ it is no figure: an empty schema in which the role may create tables. The caller
 """
 
 import contextlib
+import functools
 import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -26,8 +27,11 @@ HOUR = timedelta(hours=1)
 DAY = timedelta(days=1)
 
 
+@functools.cache
 def midnight() -> datetime:
-    """When the latest UTC day that is over ended."""
+    """When the UTC day ended that was the latest when this was first asked for: a bench that runs past midnight stays
+    with its data.
+    """
     return datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
