@@ -31,6 +31,7 @@ def result(findings: Findings, export: str) -> dg.AssetCheckResult:
         else None
     )
     return dg.AssetCheckResult(
+        asset_key=export,
         check_name=NAME,
         passed=not (rejected or repaired),
         severity=dg.AssetCheckSeverity.WARN,

@@ -26,6 +26,7 @@ def result(findings: Findings, export: str, partitions: dg.TimeWindowPartitionsD
     """The gaps as ranges of partition keys, with the backfill of the first one."""
     ranges = [_keys(partitions, start, end) for start, end in findings.gaps]
     return dg.AssetCheckResult(
+        asset_key=export,
         check_name=NAME,
         passed=not ranges,
         severity=dg.AssetCheckSeverity.WARN,

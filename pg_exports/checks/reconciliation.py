@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from pg_exports.interval import Counts, Interval
+from pg_exports.interval import Findings
 
 NAME = "reconciliation"
 
@@ -23,8 +23,9 @@ def spec(export: str) -> dg.AssetCheckSpec:
     )
 
 
-def result(written: Mapping[Interval, Counts]) -> dg.AssetCheckResult:
+def result(findings: Findings, export: str) -> dg.AssetCheckResult:
     """What the check says of a run's intervals: the rows on both sides, and the intervals that lack some."""
+    written = findings.written
     at_source = sum(counts.at_source for counts in written.values())
     rejected = sum(counts.rejected for counts in written.values())
     there = {interval: counts.inserted + counts.updated + counts.unchanged for interval, counts in written.items()}
@@ -34,6 +35,7 @@ def result(written: Mapping[Interval, Counts]) -> dg.AssetCheckResult:
         if there[interval] + counts.rejected != counts.at_source
     }
     return dg.AssetCheckResult(
+        asset_key=export,
         check_name=NAME,
         passed=not lacking,
         severity=dg.AssetCheckSeverity.ERROR,

@@ -14,10 +14,11 @@ def spec(export: str) -> dg.AssetCheckSpec:
     )
 
 
-def result(findings: Findings) -> dg.AssetCheckResult:
+def result(findings: Findings, export: str) -> dg.AssetCheckResult:
     """The columns that the table lacks, with the ALTER TABLE of each. Optional ones are listed, and no reason to warn."""
     lacking = findings.lacking
     return dg.AssetCheckResult(
+        asset_key=export,
         check_name=NAME,
         passed=not lacking,
         severity=dg.AssetCheckSeverity.WARN,

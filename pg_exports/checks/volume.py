@@ -42,7 +42,7 @@ def history(interval: Interval) -> timedelta:
     return DAYS * _DAY if length < _DAY / 2 else INTERVALS * length + _DAY
 
 
-def result(findings: Findings) -> dg.AssetCheckResult:
+def result(findings: Findings, export: str) -> dg.AssetCheckResult:
     """The intervals that are out of the ordinary, with their rows and the bounds of what is usual."""
     ordered = sorted(findings.history)
     unusual: dict[str, dict[str, int]] = {}
@@ -56,6 +56,7 @@ def result(findings: Findings) -> dg.AssetCheckResult:
         if not least <= counts.at_source <= most:
             unusual[interval.partition_key] = {"rows": counts.at_source, "at_least": least, "at_most": most}
     return dg.AssetCheckResult(
+        asset_key=export,
         check_name=NAME,
         passed=not unusual,
         severity=dg.AssetCheckSeverity.WARN,
