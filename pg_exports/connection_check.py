@@ -19,7 +19,7 @@ import dagster as dg
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.errors import ExportError, PassingError
 from pg_exports.models import Model, Query, Selection
-from pg_exports.postgres import PostgresResource, journal, ledger, rejected
+from pg_exports.postgres import PostgresResource, journal, ledger, rejected, schemas
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import Destination
@@ -299,8 +299,8 @@ class _Destination:
         """Whether the schema is there, and the role may use it and create tables in it."""
         name = quoted(self._destination.schema)
         with self._session.transaction():
-            tables.check_schema(self._session, self._destination)
-            tables.check_may_create(self._session, self._destination.schema, f"tables in schema {name}")
+            schemas.check(self._session, self._destination.schema)
+            schemas.check_may_create(self._session, self._destination.schema, f"tables in schema {name}")
         yield "passed", f"{name}: the role may use it, and create tables in it."
 
     def table(self) -> Iterator[Said]:
@@ -339,7 +339,7 @@ class _Destination:
         session, schema = self._session, self._destination.schema
         with session.transaction():
             for name in (ledger.TABLE, journal.TABLE, rejected.TABLE):
-                if tables.has_own(session, schema, name):
+                if schemas.has_own(session, schema, name):
                     yield "passed", f"{quoted(schema, name)} is there, and the role may write it."
                 else:
                     yield "passed", f"{quoted(schema, name)} is not there yet: the first run creates it."

@@ -14,7 +14,7 @@ import dagster as dg
 import pytest
 
 from pg_exports import PostgresExport
-from pg_exports.postgres.table import CREATION_LOCK
+from pg_exports.postgres.schemas import CREATION_LOCK
 from pg_exports.sandbox import postgres_server
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import Run, RunExport, Source, Target, partition_key

@@ -12,9 +12,10 @@ import pyarrow as pa
 
 from pg_exports.interval import Interval
 from pg_exports.models import IDENTITY
+from pg_exports.postgres import schemas
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
-from pg_exports.postgres.table import DestinationTable, ensure_own
+from pg_exports.postgres.table import DestinationTable
 
 TABLE = "pg_exports_keys"
 
@@ -45,8 +46,8 @@ OVERLAPPING = """
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the table where it is missing. Raises as `table.ensure_own`."""
-    ensure_own(session, schema, TABLE, _CREATE.format(journal=quoted(schema, TABLE)))
+    """Create the table where it is missing. Raises as `schemas.ensure_own`."""
+    schemas.ensure_own(session, schema, TABLE, _CREATE.format(journal=quoted(schema, TABLE)))
 
 
 def read(session: Session, table: DestinationTable, team_id: int, interval: Interval) -> pl.Series:

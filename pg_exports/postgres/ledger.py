@@ -12,10 +12,10 @@ from datetime import datetime
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Counts, Interval
 from pg_exports.models.model import moment
-from pg_exports.postgres import journal
+from pg_exports.postgres import journal, schemas
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
-from pg_exports.postgres.table import DestinationTable, ensure_own
+from pg_exports.postgres.table import DestinationTable
 
 TABLE = "pg_exports_ledger"
 
@@ -209,8 +209,8 @@ class Written:
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the ledger and the journals where they are missing. Raises as `table.ensure_own`."""
-    ensure_own(session, schema, TABLE, _CREATE.format(ledger=quoted(schema, TABLE)))
+    """Create the ledger and the journals where they are missing. Raises as `schemas.ensure_own`."""
+    schemas.ensure_own(session, schema, TABLE, _CREATE.format(ledger=quoted(schema, TABLE)))
     journal.ensure(session, schema)
 
 

@@ -18,8 +18,7 @@ from pg_exports.errors import PassingError
 from pg_exports.interval import Interval, IntervalFrames, Seconds
 from pg_exports.models import IDENTITY, Part
 from pg_exports.models.model import WHOLE
-from pg_exports.postgres import ingest, journal, merge, rejected
-from pg_exports.postgres import table as tables
+from pg_exports.postgres import ingest, journal, keys, merge, rejected
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.journal import Journal, Sieve
 from pg_exports.postgres.ledger import Past
@@ -224,6 +223,6 @@ def _interval_of(row: BadRow) -> int:
 
 
 def _advise_index(session: Session, table: DestinationTable, log: logging.Logger) -> None:
-    statement = tables.missing_index(session, table)
+    statement = keys.missing_index(session, table.qualified, table.model, table.oid)
     if statement:
         log.info(f"{table.qualified} is asked for keys, and read as a whole for it. If that takes long: {statement};")

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pg_exports.models import Kind, Merge
-from pg_exports.postgres import table as tables
-from pg_exports.postgres import types
+from pg_exports.postgres import schemas, types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import MERGE_TIMEOUT, Session
 from pg_exports.postgres.table import DestinationTable
@@ -58,7 +57,7 @@ def staging_table(session: Session, table: DestinationTable, *, of_several_inter
         DestinationError: the role may not create tables in the schema.
     """
     schema = table.destination.schema
-    tables.check_may_create(session, schema, "a staging table")
+    schemas.check_may_create(session, schema, "a staging table")
     name = f"pg_exports_staging_{uuid.uuid4().hex[:12]}"
     interval = f", NULL::bigint AS {INTERVAL_COLUMN}" if of_several_intervals else ""
     session.execute(

@@ -7,7 +7,7 @@ It is written in the interval's transaction. A row that a later run of the inter
 from collections.abc import Iterator, Sequence
 
 from pg_exports.interval import Interval
-from pg_exports.postgres import table as tables
+from pg_exports.postgres import schemas
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
@@ -60,8 +60,8 @@ ON CONFLICT (destination, export, interval_start, interval_end, row_hash) DO UPD
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the table where it is missing. Raises as `table.ensure_own`."""
-    tables.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
+    """Create the table where it is missing. Raises as `schemas.ensure_own`."""
+    schemas.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
 
 
 def resolve(session: Session, table: DestinationTable, export: str, intervals: Sequence[Interval], run_id: str) -> None:

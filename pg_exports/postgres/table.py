@@ -1,11 +1,10 @@
 """The destination table: made where it is missing, and matched column by column where it is there. Never altered."""
 
-import json
 from dataclasses import dataclass
 
 from pg_exports.errors import DestinationError, SettingsError
 from pg_exports.models import Column, Model
-from pg_exports.postgres import types
+from pg_exports.postgres import keys, schemas, types
 from pg_exports.postgres.identifiers import MAX_BYTES, quoted
 from pg_exports.postgres.session import LOCK_TIMEOUT, Session
 from pg_exports.postgres.types import DestinationColumn
@@ -18,9 +17,6 @@ NO_FILE = 0
 
 ON_INSERT, ON_UPDATE = 4, 16
 """Bits of a trigger's events (`pg_trigger.tgtype`)."""
-
-CREATION_LOCK = "pg_exports: create tables"
-"""What runs that want to create a table queue up behind: CREATE TABLE IF NOT EXISTS alone fails side by side."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,7 @@ def ensure(session: Session, destination: Destination, model: Model, *, key_inde
         DestinationError: the schema, a privilege, a column or a key is missing, or a type cannot hold the values; with
             the statement that mends it.
     """
-    check_schema(session, destination)
+    schemas.check(session, destination.schema)
     if _relation(session, destination) is None:
         _create(session, destination, model, key_index=key_index)
     return inspect(session, destination, model)
@@ -126,7 +122,7 @@ def inspect(session: Session, destination: Destination, model: Model) -> Destina
     columns = _columns(session, relation.oid)
     pairs = _matched(destination, model, columns)
     if model.merge:
-        _check_key(session, destination, model, relation.oid)
+        keys.check(session, destination.qualified, model, relation.oid)
     may_drop_rows = bool(relation.triggers & (ON_INSERT | ON_UPDATE if model.merge else ON_INSERT))
     there = {column.name for column in columns}
     lacking = tuple(column for column in model.columns if column.name not in there)
@@ -169,96 +165,6 @@ def create_statement(destination: Destination, model: Model) -> str:
     return f"CREATE TABLE IF NOT EXISTS {destination.qualified} (\n    " + ",\n    ".join(lines) + "\n)"
 
 
-def missing_index(session: Session, table: DestinationTable) -> str | None:
-    """The CREATE INDEX without which each question for keys reads the whole table; None where there is such an index."""
-    key = table.model.key[0]
-    [(is_there,)] = session.rows(
-        """
-        SELECT EXISTS (
-            SELECT FROM pg_index AS i
-            JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-            WHERE i.indrelid = $1::bigint::oid AND i.indisvalid AND i.indpred IS NULL AND a.attname = $2
-        )
-        """,
-        table.oid,
-        key,
-        doing="reading the table's indexes",
-    )
-    return None if is_there else create_key_index(table.destination, table.model)
-
-
-def create_key_index(destination: Destination, model: Model) -> str:
-    """The CREATE INDEX for questions for keys. A hash index costs a first load the least."""
-    return f"CREATE INDEX ON {destination.qualified} USING hash ({quoted(model.key[0])})"
-
-
-def _wait_to_create(session: Session, what: str) -> None:
-    """Until the transaction ends, be the only run that creates tables."""
-    session.execute(
-        "SELECT pg_advisory_xact_lock(hashtext($1))",
-        CREATION_LOCK,
-        doing=f"waiting for another run before creating {what}",
-        patience=LOCK_TIMEOUT,
-    )
-
-
-def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
-    """Create one of pg_exports' own tables where it is missing.
-
-    Raises:
-        DestinationError: the role may not create it, or not write the one that another role made; with the GRANT.
-    """
-    if not has_own(session, schema, name):
-        table = quoted(schema, name)
-        check_may_create(session, schema, f"the table {table}")
-        with session.transaction():
-            _wait_to_create(session, table)
-            session.execute(create, doing=f"creating {table}")
-
-
-def has_own(session: Session, schema: str, name: str) -> bool:
-    """Whether one of pg_exports' own tables is there.
-
-    Raises:
-        DestinationError: it is, and another role made it whose grants do not suffice; with the GRANT.
-    """
-    rows = session.rows(
-        """
-        SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
-            AND has_table_privilege(c.oid, 'UPDATE')
-        FROM pg_class AS c
-        JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        WHERE n.nspname = $1 AND c.relname = $2
-        """,
-        schema,
-        name,
-        doing=f"looking up {name}",
-    )
-    if rows and not rows[0][1]:
-        table = quoted(schema, name)
-        raise DestinationError(
-            f"The role {rows[0][0]} may not write {table}, which another role made. Run as its owner: "
-            f"GRANT INSERT, SELECT, UPDATE ON {table} TO {quoted(str(rows[0][0]))};"
-        )
-    return bool(rows)
-
-
-def check_may_create(session: Session, schema: str, what: str) -> None:
-    """Make sure that the role may create tables in the schema.
-
-    Raises:
-        DestinationError: it may not; with the GRANT.
-    """
-    [(role, may_create)] = session.rows(
-        "SELECT current_user::text, has_schema_privilege($1, 'CREATE')", schema, doing="reading privileges"
-    )
-    if not may_create:
-        raise DestinationError(
-            f"The role {role} may not create {what}. Set the export's `schema`, or run as the schema's owner: "
-            f"GRANT USAGE, CREATE ON SCHEMA {quoted(schema)} TO {quoted(str(role))};"
-        )
-
-
 def _check_name(setting: str, name: str) -> None:
     size = len(name.encode())
     if not name or "\0" in name:
@@ -266,36 +172,6 @@ def _check_name(setting: str, name: str) -> None:
     if size > MAX_BYTES:
         raise SettingsError(
             f"`{setting}` {name!r} has {size} bytes. Postgres cuts names longer than {MAX_BYTES}: choose a shorter one."
-        )
-
-
-def check_schema(session: Session, destination: Destination) -> None:
-    """Make sure that the schema is there, and that the role may use it.
-
-    Raises:
-        DestinationError: it is not, or may not; with the statement that mends it.
-    """
-    rows = session.rows(
-        """
-        SELECT current_user::text, has_schema_privilege(oid, 'USAGE')
-        FROM pg_namespace
-        WHERE nspname = $1
-        """,
-        destination.schema,
-        doing="looking up the schema",
-    )
-    name = quoted(destination.schema)
-    if not rows:
-        [(role,)] = session.rows("SELECT current_user::text", doing="reading the role")
-        raise DestinationError(
-            f"Schema {name} does not exist. Set the export's `schema`, or run as the database's owner: "
-            f"CREATE SCHEMA {name}; GRANT USAGE, CREATE ON SCHEMA {name} TO {quoted(str(role))};"
-        )
-    [(role, may_use)] = rows
-    if not may_use:
-        raise DestinationError(
-            f"The role {role} may not use schema {name}. Run as its owner: "
-            f"GRANT USAGE, CREATE ON SCHEMA {name} TO {quoted(str(role))};"
         )
 
 
@@ -353,13 +229,15 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
 
 
 def _create(session: Session, destination: Destination, model: Model, *, key_index: bool) -> None:
-    check_may_create(session, destination.schema, f"the table {destination.qualified}")
+    schemas.check_may_create(session, destination.schema, f"the table {destination.qualified}")
     with session.transaction():
-        _wait_to_create(session, destination.qualified)
+        schemas.wait_to_create(session, destination.qualified)
         if _relation(session, destination) is None:
             session.execute(create_statement(destination, model), doing=f"creating {destination.qualified}")
             if key_index:
-                session.execute(create_key_index(destination, model), doing=f"indexing {destination.qualified}")
+                session.execute(
+                    keys.create_index(destination.qualified, model), doing=f"indexing {destination.qualified}"
+                )
 
 
 def _check_privileges(session: Session, destination: Destination, model: Model, oid: int) -> None:
@@ -442,55 +320,3 @@ def _matched(
     for source, column in pairs:
         types.check_pair(source, column, destination.qualified)
     return pairs
-
-
-def _check_key(session: Session, destination: Destination, model: Model, oid: int) -> None:
-    rows = session.rows(
-        """
-        SELECT json_agg(a.attname)::text
-        FROM pg_index AS i
-        CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY AS k(attnum, position)
-        LEFT JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
-        WHERE i.indrelid = $1::bigint::oid AND i.indisunique AND i.indisvalid AND i.indimmediate
-            AND i.indpred IS NULL AND k.position <= i.indnkeyatts
-        GROUP BY i.indexrelid
-        """,
-        oid,
-        doing="reading the table's keys",
-    )
-    if not any(sorted(map(str, json.loads(str(names)))) == sorted(model.key) for (names,) in rows):
-        raise DestinationError(
-            f"{destination.qualified} has no primary key on ({', '.join(model.key)}), by which {model.name} are merged. "
-            f"{_remedy(session, destination, model, oid)}"
-        )
-
-
-def _remedy(session: Session, destination: Destination, model: Model, oid: int) -> str:
-    """How a table gets the key, as far as Postgres lets it: a key of a partitioned table has the partition key in it."""
-    [(partition_key, columns, has_primary_key)] = session.rows(
-        """
-        SELECT
-            pg_get_partkeydef(c.oid),
-            (
-                SELECT json_agg(a.attname)::text
-                FROM pg_partitioned_table AS p
-                CROSS JOIN unnest(p.partattrs::int2[]) AS k(attnum)
-                LEFT JOIN pg_attribute AS a ON a.attrelid = p.partrelid AND a.attnum = k.attnum
-                WHERE p.partrelid = c.oid
-            ),
-            EXISTS (SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND i.indisprimary)
-        FROM pg_class AS c
-        WHERE c.oid = $1::bigint::oid
-        """,
-        oid,
-        doing="reading the table's keys",
-    )
-    key = ", ".join(quoted(name) for name in model.key)
-    if columns and not set(json.loads(str(columns))) <= set(model.key):
-        return (
-            f"It is partitioned by {partition_key}, and Postgres wants that in each key: make the table anew, plain or "
-            f"partitioned by columns of the key (docs/destinations.md)."
-        )
-    if has_primary_key:
-        return f"It has another one. Run as its owner: CREATE UNIQUE INDEX ON {destination.qualified} ({key});"
-    return f"Run as its owner: ALTER TABLE {destination.qualified} ADD PRIMARY KEY ({key});"
