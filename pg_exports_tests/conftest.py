@@ -4,6 +4,7 @@ Exports run as the narrow role over verified TLS. The superuser, over a socket, 
 """
 
 import contextlib
+import copy
 import functools
 import threading
 import time
@@ -88,8 +89,10 @@ class Source:
 
     @functools.cached_property
     def client(self) -> Client:
-        """A client of this database, made once."""
-        return self.sandbox.new_client(self.database)
+        """A client of this database. The session has one, of which this is a copy: to make one takes four requests."""
+        client = copy.copy(self.sandbox.client)
+        client.database = self.database
+        return client
 
     def __getstate__(self) -> dict[str, object]:
         """Another process has a client of its own."""

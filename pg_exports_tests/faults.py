@@ -7,8 +7,10 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
+from urllib.parse import quote
 
 from pg_exports.sandbox import Sandbox, postgres_server
+from pg_exports.sandbox.postgres_server import SUPERUSER, PostgresServer
 from pg_exports.sandbox.servers import DATABASE, INSTANCE, ROLE
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 from pg_exports_tests.source_rows import export_of
@@ -107,6 +109,13 @@ def with_own_postgres(sandbox: Sandbox) -> Iterator[Sandbox]:
         yield dataclasses.replace(sandbox, postgres=server)
     finally:
         postgres_server.stop(server)
+
+
+def storage_by_socket(server: PostgresServer, database: str) -> str:
+    """Address of a database for Dagster's storage, by the server's socket as the superuser: for tests of something else,
+    as a run opens more than a hundred connections to it, each of which takes five times as long with TLS and a password.
+    """
+    return f"postgresql://{SUPERUSER}@/{database}?host={quote(str(server.folder), safe='')}&port={server.port}"
 
 
 class Hold:

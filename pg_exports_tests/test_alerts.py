@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import quote
 
 import dagster as dg
 import pytest
@@ -42,9 +41,9 @@ from pg_exports.alerts import ExportAlerts, channels, component, watch
 from pg_exports.errors import SettingsError
 from pg_exports.sandbox import Sandbox, postgres_server
 from pg_exports.sandbox.certificates import HOST
-from pg_exports.sandbox.servers import INSTANCE
+from pg_exports.sandbox.postgres_server import SUPERUSER
 from pg_exports_tests.conftest import Source, Target, partition_key
-from pg_exports_tests.faults import eventually
+from pg_exports_tests.faults import eventually, storage_by_socket
 from pg_exports_tests.receivers import WebhookReceiver, mail_receiver, webhook_receiver
 from pg_exports_tests.source_rows import HOUR, export_of
 
@@ -63,15 +62,11 @@ QUIET = "password authentication failed"
 def instance(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dg.DagsterInstance]:
     """An instance that tries crashed runs again, as the shipped one does, with a database of its own."""
     database = f"alerts_{uuid.uuid4().hex[:8]}"
-    postgres_server.create_database(sandbox.postgres, database, owner=INSTANCE)
-    postgres_server.grant_export(sandbox.postgres, INSTANCE, database)
+    postgres_server.create_database(sandbox.postgres, database, owner=SUPERUSER)
     folder = tmp_path_factory.mktemp("instance")
-    user = f"{INSTANCE}:{quote(sandbox.instance_password, safe='')}"
-    address = f"postgresql://{user}@{HOST}:{sandbox.postgres.port}/{database}"
-    certificate = quote(str(sandbox.certificates.authority))
     settings = {
         "storage": {
-            "postgres": {"postgres_url": f"{address}?sslmode=verify-full&sslrootcert={certificate}"},
+            "postgres": {"postgres_url": storage_by_socket(sandbox.postgres, database)},
         },
         "run_retries": {"enabled": True, "max_retries": 3, "retry_on_asset_or_op_failure": False},
         "run_coordinator": {"module": "dagster._core.run_coordinator", "class": "DefaultRunCoordinator"},

@@ -87,9 +87,14 @@ class Sandbox:
         with contextlib.closing(self.new_client(database)) as client:
             yield client
 
+    @property
+    def client(self) -> Client:
+        """The client that this process's statements share."""
+        return _client(self)
+
     def execute(self, sql: str, parameters: Mapping[str, object] | None = None) -> None:
         """Run one ClickHouse statement, with `{name:Type}` parameters."""
-        _client(self).command(sql, dict(parameters or {}))
+        self.client.command(sql, dict(parameters or {}))
 
     @property
     def is_running(self) -> bool:
@@ -101,7 +106,6 @@ class Sandbox:
 
 @functools.cache
 def _client(sandbox: Sandbox) -> Client:
-    """Of which there is one for all statements."""
     return sandbox.new_client()
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pg_exports.sandbox import Sandbox
-from pg_exports_tests.faults import eventually
+from pg_exports.sandbox.servers import INSTANCE
+from pg_exports_tests.faults import eventually, storage_by_socket
 from pg_exports_tests.ui import queries
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -147,7 +148,12 @@ def deployed(folder: Path, sandbox: Sandbox, *, paused: bool = False, **environm
     """
     for name in ("pyproject.toml", "workspace.yaml", "dagster.yaml", "pg_exports"):
         (folder / name).symlink_to(REPOSITORY / name)
-    variables = sandbox.environment() | {"DAGSTER_HOME": str(folder)} | environment
+    variables = {
+        **sandbox.environment(),
+        "DAGSTER_POSTGRES_URL": storage_by_socket(sandbox.postgres, INSTANCE),
+        "DAGSTER_HOME": str(folder),
+        **environment,
+    }
     (folder / ".env").write_text("".join(f"{name}='{value}'\n" for name, value in variables.items()))
     deployment = Deployment(folder, free_port())
     webserver = (program("dagster-webserver"), "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(deployment.port))
