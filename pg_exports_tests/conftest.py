@@ -1,6 +1,7 @@
 """Shared fixtures: one sandbox for the session; for each test a ClickHouse database and a Postgres schema of its own.
 
-Exports run as the narrow role over verified TLS. The superuser, over a socket, only looks at what landed.
+Exports run as the narrow role over verified TLS. The superuser, over a socket, looks at what landed; and is Dagster with its
+storage, where a test is of something else.
 """
 
 import contextlib

@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from logging import getLogger
+from typing import Any
 
+import dagster as dg
 import polars as pl
 import pyarrow as pa
 import pytest
@@ -84,6 +86,26 @@ def test_a_range_of_many_small_intervals_is_a_few_statements_and_queries(
         said = statements_since(target, offset)
         assert len(said) <= most_statements
         assert len(queries(source, model)) - before <= most_asked
+
+
+def test_dagster_looks_up_once_for_each_check_which_materialization_it_is_of(
+    source: Source, run: RunExport, target: Target, hour: datetime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up = []
+    fetch_materializations = dg.DagsterInstance.fetch_materializations
+
+    def counting(*arguments: Any, **options: Any) -> Any:
+        looked_up.append(arguments)
+        return fetch_materializations(*arguments, **options)
+
+    source.insert("events", event(hour))
+    export = export_of("events", target, hour)
+    monkeypatch.setattr(dg.DagsterInstance, "fetch_materializations", counting)
+    done = run(export, partition_key(hour))
+    assert len(done.checks) == len(looked_up) == 5
+    targets = [check.target_materialization_data for check in done.checks.values()]
+    assert len({target.storage_id for target in targets if target}) == 1
+    assert None not in targets
 
 
 @pytest.mark.parametrize("copies", [1, 3])

@@ -66,7 +66,7 @@ def measure(sandbox: Sandbox, rounds: int, events: int = EVENTS, least_rounds: i
             + ("" if ratio <= RATIO else " **It took more.**"),
             f"Of the start-up, by `python -X importtime`: `import dagster` takes {dagster:.2f} s, and "
             f"`import pg_exports.definitions` {package:.2f} s beyond that, {pandas:.2f} s of them pandas, which comes with "
-            "the sandbox: a deployment does not have it.",
+            "the sandbox: a deployment does without it.",
         ],
         holds=ratio <= RATIO,
     )

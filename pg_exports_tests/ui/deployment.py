@@ -142,7 +142,7 @@ def deployed(folder: Path, sandbox: Sandbox, *, paused: bool = False, **environm
 
     Args:
         folder: an empty folder, its root.
-        sandbox: ClickHouse, and the Postgres of both the exports and Dagster's storage.
+        sandbox: ClickHouse, and the Postgres of both the exports and Dagster's storage, the latter by its socket.
         paused: all schedules and sensors are off before the daemon looks at them.
         environment: changes to the sandbox's variables.
     """
