@@ -33,6 +33,9 @@ SAMPLE_HOURS = 30
 SAMPLE_EVENTS = 3_000
 TEAM = 1
 
+SOURCE_DATABASES = (SOURCE_DATABASE, "test_*")
+"""The ClickHouse databases that exports may read, with the README's grants: tests' own have names that begin so."""
+
 LONGEST_OF_A_TEST = timedelta(seconds=60)
 """What a test that looks at the clock takes at most, on a busy machine."""
 
@@ -69,8 +72,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """Both servers, for the whole session."""
-    running = servers.start(tmp_path_factory.mktemp("sandbox") / "servers")
+    """Both servers, for the whole session. Exports have the README's grants and no others, in both."""
+    running = servers.start(tmp_path_factory.mktemp("sandbox") / "servers", SOURCE_DATABASES)
     yield running
     servers.stop(running)
 
@@ -83,7 +86,7 @@ def retries_without_long_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Source:
-    """A ClickHouse database with PostHog's tables."""
+    """A ClickHouse database with PostHog's tables, which the administrator fills and exports read as `exporter`."""
 
     sandbox: Sandbox
     database: str
@@ -126,8 +129,8 @@ class Source:
         settings: dict[str, Any] = {
             "host": HOST,
             "port": self.sandbox.clickhouse.https_port,
-            "user": self.sandbox.clickhouse.user,
-            "password": self.sandbox.clickhouse.password,
+            "user": ROLE,
+            "password": self.sandbox.source_password,
             "database": self.database,
             "secure": True,
             "ca_certificate": str(self.sandbox.certificates.authority),

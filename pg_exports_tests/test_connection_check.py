@@ -98,7 +98,7 @@ def test_a_set_up_that_is_right_passes_each_step_and_nothing_is_written(
     assert list(dict.fromkeys(step.name for step in steps)) == NAMES
     assert {step.status for step in steps} <= {"passed", "note"}
     [(version,)] = source.rows("SELECT version()")
-    server, user = source.resource().address, target.sandbox.clickhouse.user
+    server, user = source.resource().address, ROLE
     said = f"ClickHouse {version} at {server}, database {source.database}, as {user}. Encrypted, the certificate is verified."
     assert saying(steps, "passed", "ClickHouse") == said
     assert model in saying(steps, "passed", "Source tables")

@@ -509,7 +509,7 @@ def test_the_environments_connections_export(
         shown = " ".join(dg.serialize_value(job.get_job_snapshot()) for job in repository.get_all_jobs())
     assert target.count("events") == 1
     assert sandbox.password not in shown
-    assert sandbox.clickhouse.password not in shown
+    assert sandbox.source_password not in shown
 
 
 @pytest.mark.parametrize(

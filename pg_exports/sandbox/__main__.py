@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pg_exports.models import MODELS, Model, Selection
 from pg_exports.sandbox import postgres_server, sample_data, servers, source_tables
+from pg_exports.sandbox.files import write_private
 from pg_exports.sandbox.servers import DATABASE, ROLE, SOURCE_DATABASE, Sandbox
 
 FOLDER = Path(".sandbox")
@@ -80,7 +81,7 @@ def _up(sandbox: Sandbox | None, hours: int, events: int) -> int:
 
 def _write_environment(sandbox: Sandbox) -> None:
     lines = [MARK, *(f"{name}='{value}'" for name, value in sandbox.environment().items())]
-    servers.write_private(ENVIRONMENT, "\n".join(lines) + "\n")
+    write_private(ENVIRONMENT, "\n".join(lines) + "\n")
 
 
 def _show(sandbox: Sandbox) -> int:

@@ -1,33 +1,49 @@
-"""Starts and stops the process that serves the sandbox's ClickHouse (`clickhouse_server`).
+"""Starts and stops the process that is the sandbox's ClickHouse (`clickhouse_server`).
 
-The process lives on by itself: its folder holds the data, the log (`server.log`) and where it listens (`ready.json`).
+The process lives on by itself: its folder holds the configuration, the data, the logs (`server.log` of the process and
+`clickhouse.log` of the engine) and where it listens (`ready.json`).
 """
 
 import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-CREDENTIAL_VARIABLE = "PG_EXPORTS_SANDBOX_CLICKHOUSE_PASSWORD"
+from pg_exports.sandbox import clickhouse_config
+from pg_exports.sandbox.clickhouse_config import ClickHouseUser
+
 LOG_LINES_SHOWN = 30
 
 
 class ClickHouseStartError(Exception):
-    """The process ended, or said nothing, before it answered; the text holds the end of its log."""
+    """The process ended, or did not get ready in time; the text holds the end of its log."""
 
 
 @dataclass(frozen=True)
 class ClickHouseServer:
-    """A running server, and how to reach it. `https_port` is None when it has no certificate."""
+    """A running server, and how its administrator reaches it.
+
+    Attributes:
+        host: its address.
+        http_port: of HTTP.
+        https_port: of HTTPS; None if it has no certificate.
+        tcp_port: of the native protocol; None if it is not served.
+        user, password: the administrator's.
+        folder: its files.
+        pid: its process.
+    """
 
     host: str
     http_port: int
     https_port: int | None
+    tcp_port: int | None
     user: str
     password: str = field(repr=False)
     folder: Path
@@ -35,38 +51,68 @@ class ClickHouseServer:
 
 
 def start(
-    folder: Path, *, user: str, password: str, certificate: Path | None, key: Path | None, timeout: float = 60
+    folder: Path,
+    *,
+    password: str,
+    users: Sequence[ClickHouseUser] = (),
+    certificate: Path | None = None,
+    key: Path | None = None,
+    tcp_port: int | None = None,
+    config: str = "",
+    timeout: float = 60,
 ) -> ClickHouseServer:
-    """Start a server on `folder`, detached from this process, and wait up to `timeout` seconds until it answers.
+    """Start a server on `folder`, detached from this process, and wait until it answers. Data in the folder is kept.
 
-    Raises ClickHouseStartError when it does not.
+    Args:
+        folder: of the server alone.
+        password: the administrator's.
+        users: further users.
+        certificate: PEM file; with it HTTPS is served, too.
+        key: PEM file of the certificate's key.
+        tcp_port: of the native protocol, which is served only if it is given; see `free_port`.
+        config: a further configuration file, such as one with `remote_servers`.
+        timeout: seconds.
+
+    Raises:
+        ClickHouseStartError: it did not answer.
     """
+    folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     ready, log = folder / "ready.json", folder / "server.log"
     ready.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pg_exports.sandbox.clickhouse_server"]
-    command += ["--folder", str(folder), "--user", user, "--ready", str(ready)]
+    clickhouse_config.write(folder, password, users, tcp_port=tcp_port, more=config)
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("clickhouse_server.py")),
+        "--folder",
+        str(folder),
+        "--ready",
+        str(ready),
+    ]
     if certificate and key:
         command += ["--certificate", str(certificate), "--key", str(key)]
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command,
-            env={**os.environ, CREDENTIAL_VARIABLE: password},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-    where = _wait_until_ready(process, ready, log, timeout)
+    ports = _wait_until_ready(process, ready, log, timeout)
     return ClickHouseServer(
-        host="127.0.0.1",
-        http_port=where["http_port"],
-        https_port=where["https_port"],
-        user=user,
+        host=clickhouse_config.HOST,
+        http_port=ports["http_port"],
+        https_port=ports["https_port"],
+        tcp_port=ports["tcp_port"],
+        user=clickhouse_config.ADMINISTRATOR,
         password=password,
         folder=folder,
         pid=process.pid,
     )
+
+
+def free_port() -> int:
+    """A port on which nothing listens: servers of one cluster must know each other's before they start."""
+    with socket.socket() as probe:
+        probe.bind((clickhouse_config.HOST, 0))
+        return int(probe.getsockname()[1])
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, timeout: float) -> dict[str, int]:
@@ -76,7 +122,7 @@ def _wait_until_ready(process: subprocess.Popen[bytes], ready: Path, log: Path, 
             raise ClickHouseStartError(f"ClickHouse ended with status {process.returncode}.\n{_end_of(log)}")
         if time.monotonic() > deadline:
             process.kill()
-            raise ClickHouseStartError(f"ClickHouse did not answer within {timeout} seconds.\n{_end_of(log)}")
+            raise ClickHouseStartError(f"ClickHouse did not answer within {timeout:.0f} s.\n{_end_of(log)}")
         time.sleep(0.05)
     where: dict[str, int] = json.loads(ready.read_text())
     return where

@@ -3,9 +3,8 @@
 import contextlib
 import functools
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -15,7 +14,9 @@ from clickhouse_connect.driver.client import Client
 
 from pg_exports.sandbox import certificates, clickhouse_process, postgres_server
 from pg_exports.sandbox.certificates import HOST, Certificates
+from pg_exports.sandbox.clickhouse_config import ClickHouseUser, export_grants
 from pg_exports.sandbox.clickhouse_process import ClickHouseServer
+from pg_exports.sandbox.files import write_private
 from pg_exports.sandbox.postgres_server import PostgresServer
 
 ROLE = "exporter"
@@ -32,9 +33,10 @@ class Sandbox:
     Attributes:
         folder: certificates, ClickHouse's data, and `sandbox.json`, from which `load` reads all this again.
         certificates: the authority that signed both servers' certificate for `localhost`.
-        clickhouse: with a user who may do everything; the sample data is in the database `posthog`.
+        clickhouse: with an administrator, who fills the tables; the sample data is in the database `posthog`.
         postgres: with the role `exporter`, who has the narrow grants of the README in the database `exports`, and no others.
-        password: of the role `exporter`.
+        source_password: of ClickHouse's user `exporter`, who has the grants of the README and no others.
+        password: of Postgres's role `exporter`.
         instance_password: of the role `dagster`.
     """
 
@@ -42,6 +44,7 @@ class Sandbox:
     certificates: Certificates
     clickhouse: ClickHouseServer
     postgres: PostgresServer
+    source_password: str
     password: str
     instance_password: str
 
@@ -52,8 +55,8 @@ class Sandbox:
         return {
             "CLICKHOUSE_HOST": HOST,
             "CLICKHOUSE_PORT": str(self.clickhouse.https_port),
-            "CLICKHOUSE_USER": self.clickhouse.user,
-            "CLICKHOUSE_PASSWORD": self.clickhouse.password,
+            "CLICKHOUSE_USER": ROLE,
+            "CLICKHOUSE_PASSWORD": self.source_password,
             "CLICKHOUSE_DATABASE": SOURCE_DATABASE,
             "CLICKHOUSE_SECURE": "true",
             "CLICKHOUSE_CA_CERTIFICATE": certificate,
@@ -69,7 +72,7 @@ class Sandbox:
         }
 
     def new_client(self, database: str = "default") -> Client:
-        """A client of the sandbox's ClickHouse, over HTTPS with the certificate verified. To make one takes four requests."""
+        """A client of ClickHouse's administrator, over verified HTTPS. To make one takes four requests."""
         return clickhouse_connect.get_client(
             host=HOST,
             port=self.clickhouse.https_port,
@@ -109,8 +112,13 @@ def _client(sandbox: Sandbox) -> Client:
     return sandbox.new_client()
 
 
-def start(folder: Path) -> Sandbox:
+def start(folder: Path, databases: Sequence[str] = (SOURCE_DATABASE,), users: Sequence[ClickHouseUser] = ()) -> Sandbox:
     """Start both servers, with empty databases. What was in the folder is gone.
+
+    Args:
+        folder: of the sandbox.
+        databases: ClickHouse databases from which `exporter` may export; a name may end with `*`.
+        users: further users of ClickHouse.
 
     Raises:
         PostgresSandboxError, ClickHouseStartError: a server did not come up; with the end of its log.
@@ -119,11 +127,12 @@ def start(folder: Path) -> Sandbox:
     folder.mkdir(parents=True)
     issued = certificates.issue(folder / "certificates")
     postgres = postgres_server.start(issued)
+    source_password = postgres_server.new_password()
     try:
         clickhouse = clickhouse_process.start(
             folder / "clickhouse",
-            user=ROLE,
             password=postgres_server.new_password(),
+            users=[ClickHouseUser(ROLE, source_password, export_grants(*databases)), *users],
             certificate=issued.certificate,
             key=issued.key,
         )
@@ -131,7 +140,7 @@ def start(folder: Path) -> Sandbox:
         postgres_server.stop(postgres)
         raise
     password, instance_password = postgres_server.new_password(), postgres_server.new_password()
-    sandbox = Sandbox(folder, issued, clickhouse, postgres, password, instance_password)
+    sandbox = Sandbox(folder, issued, clickhouse, postgres, source_password, password, instance_password)
     postgres_server.create_role(postgres, ROLE, password)
     postgres_server.create_role(postgres, INSTANCE, instance_password)
     postgres_server.create_database(postgres, DATABASE)
@@ -162,6 +171,7 @@ def load(folder: Path) -> Sandbox | None:
         Certificates(**{name: Path(value) for name, value in kept["certificates"].items()}),
         ClickHouseServer(**clickhouse),
         PostgresServer(postgres["host"], postgres["port"], Path(postgres["folder"]), Path(postgres["log"])),
+        kept["source_password"],
         kept["password"],
         kept["instance_password"],
     )
@@ -172,14 +182,8 @@ def _save(sandbox: Sandbox) -> None:
         "certificates": vars(sandbox.certificates),
         "clickhouse": vars(sandbox.clickhouse),
         "postgres": vars(sandbox.postgres),
+        "source_password": sandbox.source_password,
         "password": sandbox.password,
         "instance_password": sandbox.instance_password,
     }
     write_private(sandbox.folder / "sandbox.json", json.dumps(kept, default=str, indent=2))
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read."""
-    path.unlink(missing_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)

@@ -1,10 +1,12 @@
 """PostHog's tables in the sandbox's ClickHouse: the DDL of the four sources and of the channel dictionary.
 
 The tables are PostHog's own, trimmed to the columns that the exports read. What fills them lives in
-`sample_data`; the engine that holds them in `clickhouse_server`.
+`sample_data`; the server that holds them in `clickhouse_server`.
 """
 
 from collections.abc import Callable, Mapping
+
+from pg_exports.sandbox.clickhouse_config import NAMED_COLLECTION
 
 Execute = Callable[[str, Mapping[str, object]], object]
 """Runs one ClickHouse statement with its `{name:Type}` parameters bound; what it returns is ignored."""
@@ -186,7 +188,8 @@ FROM values(
 )
 """
 
-# Without HOST and PORT the engine reads its own table: no network, and a source without DB means the dictionary's own.
+# Without HOST and PORT the server reads its own table, and without DB one in the dictionary's own database. The credentials
+# are in a named collection of the server's configuration.
 CHANNEL_DEFINITION_DICT = """
 CREATE OR REPLACE DICTIONARY {database:Identifier}.channel_definition_dict (
     domain String,
@@ -196,10 +199,10 @@ CREATE OR REPLACE DICTIONARY {database:Identifier}.channel_definition_dict (
     type_if_organic Nullable(String)
 )
 PRIMARY KEY domain, kind
-SOURCE(CLICKHOUSE(TABLE 'channel_definition'))
+SOURCE(CLICKHOUSE(NAME __COLLECTION__ TABLE 'channel_definition'))
 LIFETIME(MIN 3000 MAX 3600)
 LAYOUT(COMPLEX_KEY_HASHED())
-"""
+""".replace("__COLLECTION__", NAMED_COLLECTION)
 
 TABLES: Mapping[str, str] = {
     "events": EVENTS,

@@ -109,7 +109,7 @@ def _text_of(file: IO[bytes]) -> str:
 
 def _without_secrets(text: str, sandbox: Sandbox) -> str:
     """A failure is shown in public: without passwords, and without this machine's folders."""
-    for secret in (sandbox.password, sandbox.instance_password, sandbox.clickhouse.password):
+    for secret in (sandbox.password, sandbox.instance_password, sandbox.source_password):
         text = text.replace(quote(secret, safe=""), "***").replace(secret, "***")
     for folder, name in ((sandbox.folder, "<sandbox>"), (sys.prefix, "<venv>"), (ROOT, "<repository>")):
         text = text.replace(str(folder), name)

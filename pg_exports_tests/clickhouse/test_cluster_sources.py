@@ -1,10 +1,8 @@
 """Exports from Distributed tables land what they would from plain ones, under a profile whose settings would shorten them.
 
-The server here has a cluster of three shards. All three are this one server, as the engine listens to no other; but each shard
-has rows of its own, so that queries are split, sent as states and put together as between servers.
+The cluster has three shards, each a server process of its own. Each has rows of its own, and some rows are on two shards.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from datetime import datetime
 from typing import Any
@@ -18,110 +16,64 @@ from pg_exports.errors import PassingError, SourceError
 from pg_exports.models import MODELS, Model, OwnModel, Part, PropertyFilter, Query, Selection
 from pg_exports.models.columns import AddedColumn, with_columns
 from pg_exports.postgres.table import Destination
-from pg_exports.sandbox import Sandbox, clickhouse_process, sample_data, source_tables
-from pg_exports.sandbox.source_tables import TABLES
+from pg_exports.sandbox import Sandbox, sample_data, source_tables
+from pg_exports_tests.clickhouse import servers
+from pg_exports_tests.clickhouse.servers import Cluster
 from pg_exports_tests.conftest import SAMPLE_EVENTS, TEAM, Source, Target, materialise, partition_key
 from pg_exports_tests.models.comparison import differences
 from pg_exports_tests.source_rows import HOUR, export_of
 
 SHARDS = 3
 HOURS = 12
-
-# A shard whose port is the server's own is this server, without a network in between. Nothing listens on port 1.
-_SHARD = "<shard><replica><host>127.0.0.1</host><port>{}</port></replica></shard>"
-CONFIGURATION = f"""<clickhouse>
-    <tcp_port>9000</tcp_port>
-    <remote_servers>
-        <whole>{_SHARD.format(9000) * SHARDS}</whole>
-        <broken>{_SHARD.format(9000)}{_SHARD.format(1)}</broken>
-    </remote_servers>
-    <zookeeper><implementation>testkeeper</implementation></zookeeper>
-    <default_profile>default</default_profile>
-    <users_config>users.xml</users_config>
-</clickhouse>
-"""
+PLAIN, LOCAL, DISTRIBUTED = "test_plain", "test_local", "test_distributed"
 
 PROFILE = {
-    "skip_unavailable_shards": "1",
-    "distributed_group_by_no_merge": "1",
+    "skip_unavailable_shards": 1,
+    "distributed_group_by_no_merge": 1,
     "distributed_product_mode": "local",
-    "optimize_skip_unused_shards": "1",
+    "optimize_skip_unused_shards": 1,
     "read_overflow_mode_leaf": "break",
 }
 """What a user may have got from an administrator, and what a query is shortened or otherwise wrong by."""
 
-USERS = f"""<clickhouse>
-    <profiles>
-        <default>{"".join(f"<{name}>{value}</{name}>" for name, value in PROFILE.items())}</default>
-    </profiles>
-    <users>
-        <default>
-            <password></password><networks><ip>::/0</ip></networks><profile>default</profile><quota>default</quota>
-        </default>
-    </users>
-    <quotas><default></default></quotas>
-</clickhouse>
-"""
-
 
 @pytest.fixture(scope="module")
-def cluster(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
-    """The sandbox with another ClickHouse, that of the cluster."""
+def cluster(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Three servers. `exporter` has the settings of `PROFILE` on each."""
     folder = tmp_path_factory.mktemp("cluster")
-    (folder / "config.d").mkdir()
-    users = folder / "users.xml"
-    users.write_text(USERS)
-    (folder / "config.d" / "cluster.xml").write_text(CONFIGURATION.replace("users.xml", str(users)))
-    clickhouse = clickhouse_process.start(
-        folder,
-        user=sandbox.clickhouse.user,
-        password=sandbox.clickhouse.password,
-        certificate=sandbox.certificates.certificate,
-        key=sandbox.certificates.key,
-    )
-    yield dataclasses.replace(sandbox, clickhouse=clickhouse)
-    clickhouse_process.stop(clickhouse)
-
-
-def distribute(cluster: Sandbox, plain: str, distributed: str) -> None:
-    """Databases with the same rows: `distributed` has each on one of the shards, every fifth on two, whatever the row is."""
-    cluster.execute(f"CREATE DATABASE {distributed}")
-    for table in [name for name in TABLES if name != "channel_definition"]:
-        pieces = []
-        for shard in range(1, SHARDS + 1):
-            piece = f"{distributed}.{table}_on_shard_{shard}"
-            cluster.execute(f"CREATE TABLE {piece} AS {plain}.{table}")
-            cluster.execute(f"SYSTEM STOP MERGES {piece}")
-            cluster.execute(
-                f"INSERT INTO {piece} SELECT * FROM {plain}.{table} WHERE _part_offset % {SHARDS} = {shard - 1}"
-                f" OR (_part_offset % 5 = 0 AND (_part_offset + 1) % {SHARDS} = {shard - 1}) SETTINGS optimize_on_insert = 0"
-            )
-            pieces.append(f"SELECT * FROM {piece} WHERE shardNum() = {shard}")
-        local = f"{distributed}.{table}_local"
-        cluster.execute(f"CREATE VIEW {local} AS {' UNION ALL '.join(pieces)}")
-        cluster.execute(
-            f"CREATE TABLE {distributed}.{table} AS {plain}.{table}"
-            f" ENGINE = Distributed('whole', '{distributed}', '{table}_local', cityHash64(team_id))"
-        )
-    cluster.execute(
-        f"CREATE DICTIONARY {distributed}.channel_definition_dict (domain String, kind String,"
-        " domain_type Nullable(String), type_if_paid Nullable(String), type_if_organic Nullable(String))"
-        f" PRIMARY KEY domain, kind SOURCE(CLICKHOUSE(DB '{plain}' TABLE 'channel_definition'))"
-        " LIFETIME(0) LAYOUT(COMPLEX_KEY_HASHED())"
-    )
+    keeper = "<zookeeper><implementation>testkeeper</implementation></zookeeper>"
+    with servers.cluster(sandbox, folder, SHARDS, settings=PROFILE, more=keeper) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
-def plain(cluster: Sandbox, sample_end: datetime) -> Source:
-    source_tables.create_tables(cluster.execute, "plain")
-    sample_data.fill(cluster.execute, "plain", end=sample_end, hours=HOURS, events=SAMPLE_EVENTS)
-    return Source(cluster, "plain")
+def plain(cluster: Cluster, sample_end: datetime) -> Source:
+    """The rows in plain tables of the first server."""
+    source_tables.create_tables(cluster.sandbox.execute, PLAIN)
+    sample_data.fill(cluster.sandbox.execute, PLAIN, end=sample_end, hours=HOURS, events=SAMPLE_EVENTS)
+    return Source(cluster.sandbox, PLAIN)
 
 
 @pytest.fixture(scope="module")
-def distributed(cluster: Sandbox, plain: Source) -> Source:
-    distribute(cluster, plain.database, "distributed")
-    return Source(cluster, "distributed")
+def spread(cluster: Cluster, plain: Source) -> str:
+    """The same rows over the shards, in local tables."""
+    servers.distribute(cluster, plain.database, LOCAL)
+    return LOCAL
+
+
+@pytest.fixture(scope="module")
+def distributed(cluster: Cluster, plain: Source, spread: str) -> Source:
+    """Distributed tables over them. The cluster has a secret: shards are asked as the user who asks."""
+    servers.over(cluster, DISTRIBUTED, plain.database, spread)
+    return Source(cluster.sandbox, DISTRIBUTED)
+
+
+@pytest.fixture(scope="module")
+def by_password(cluster: Cluster, plain: Source, spread: str) -> Source:
+    """The same over a cluster without a secret: shards are asked as the user whom its definition names."""
+    database = f"{DISTRIBUTED}_by_password"
+    servers.over(cluster, database, plain.database, spread, servers.AS_EXPORTER)
+    return Source(cluster.sandbox, database)
 
 
 OWN = OwnModel(
@@ -278,20 +230,23 @@ def test_plain_in_and_join_in_a_query_of_the_users_own_see_all_shards(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_exports_from_shards_land_what_those_from_one_table_do(
-    plain: Source, distributed: Source, target: Target, sample_end: datetime, name: str
+    plain: Source, distributed: Source, by_password: Source, target: Target, sample_end: datetime, name: str
 ) -> None:
     first, last = partition_key(sample_end - 3 * HOUR), partition_key(sample_end - HOUR)
     counts = []
-    for source in (plain, distributed):
-        export = export_of(name, target, sample_end, table=f"{name}_{source.database}")
+    tables = []
+    for source in (plain, distributed, by_password):
+        tables.append(f"{name}_{source.database}")
+        export = export_of(name, target, sample_end, table=tables[-1])
         ended = materialise(export, source.resource(), target.resource(), first, last)
         assert ended.error is None
         assert ended.reconciliation.passed
         counts.append(ended.counts)
-    assert counts[0] == counts[1]
-    in_both = f"SELECT count(*) FROM (TABLE {name}_plain INTERSECT TABLE {name}_distributed) AS rows"
-    [(rows_in_both,)] = target.rows(in_both)
-    assert rows_in_both == target.count(f"{name}_plain") == target.count(f"{name}_distributed") > 0
+    assert counts[0] == counts[1] == counts[2]
+    in_all = f"SELECT count(*) FROM ({' INTERSECT '.join(f'TABLE {table}' for table in tables)}) AS rows"
+    [(rows_in_all,)] = target.rows(in_all)
+    assert [target.count(table) for table in tables] == 3 * [rows_in_all]
+    assert rows_in_all > 0
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -399,15 +354,12 @@ def test_a_group_comes_once_where_a_shards_groups_would_stand_alone(plain: Sourc
 
 
 @pytest.fixture
-def broken(cluster: Sandbox, distributed: Source) -> Iterator[Source]:
+def broken(cluster: Cluster, plain: Source, spread: str) -> Iterator[Source]:
     """A database in which the second shard of `events` is out of reach, and the table itself says that this may be."""
-    cluster.execute("CREATE DATABASE broken")
-    cluster.execute(
-        "CREATE TABLE broken.events AS plain.events"
-        " ENGINE = Distributed('broken', 'distributed', 'events_local') SETTINGS skip_unavailable_shards = 1"
-    )
-    yield Source(cluster, "broken")
-    cluster.execute("DROP DATABASE broken SYNC")
+    skipping = "SETTINGS skip_unavailable_shards = 1"
+    servers.over(cluster, "test_broken", plain.database, spread, servers.UNREACHABLE, skipping)
+    yield Source(cluster.sandbox, "test_broken")
+    cluster.sandbox.execute("DROP DATABASE test_broken SYNC")
 
 
 def test_a_shard_that_does_not_answer_is_a_passing_error_and_never_skipped(
@@ -435,25 +387,27 @@ def test_an_export_from_a_cluster_without_one_shard_lands_nothing(
 
 
 @pytest.fixture
-def behind(cluster: Sandbox, plain: Source) -> Iterator[Source]:
+def behind(cluster: Cluster, plain: Source) -> Iterator[Source]:
     """A database whose `events` have one replica, which has lost its Keeper: it would answer with what it has."""
-    cluster.execute("CREATE DATABASE behind")
-    cluster.execute(
-        "CREATE TABLE behind.events_replicated AS plain.events ENGINE ="
+    execute = cluster.sandbox.execute
+    execute("CREATE DATABASE test_behind")
+    execute(
+        f"CREATE TABLE test_behind.events_replicated AS {plain.database}.events ENGINE ="
         " ReplicatedReplacingMergeTree('/events', 'first', _timestamp) PARTITION BY toYYYYMM(timestamp)"
         " ORDER BY (team_id, toDate(timestamp), event, cityHash64(distinct_id), cityHash64(uuid))"
     )
-    cluster.execute(
-        "CREATE TABLE behind.events AS plain.events ENGINE = Distributed('whole', 'behind', 'events_replicated')"
+    execute(
+        "CREATE TABLE test_behind.events AS test_behind.events_replicated"
+        f" ENGINE = Distributed('{servers.ALONE}', 'test_behind', 'events_replicated')"
     )
-    yield Source(cluster, "behind")
-    cluster.execute("DROP DATABASE behind SYNC")
+    yield Source(cluster.sandbox, "test_behind")
+    execute("DROP DATABASE test_behind SYNC")
 
 
 def test_replicas_that_are_all_behind_are_a_passing_error_unless_the_connection_says_otherwise(
     behind: Source, sample_end: datetime
 ) -> None:
-    [(is_readonly,)] = behind.rows("SELECT is_readonly FROM system.replicas WHERE database = 'behind'")
+    [(is_readonly,)] = behind.rows("SELECT is_readonly FROM system.replicas WHERE database = 'test_behind'")
     assert is_readonly
     query = MODELS["events"].query(selected(sample_end))
     with pytest.raises(PassingError, match=r"(?s)Code: 369\..*absolute_delay and is_readonly in system\.replicas"):

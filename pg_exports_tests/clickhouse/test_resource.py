@@ -21,6 +21,7 @@ from pg_exports.models import MODELS, Model, Query, Selection
 from pg_exports.models.model import bigint, text
 from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.certificates import HOST
+from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.clickhouse.faulty_proxy import End, Spoil, faulty_proxy, first_messages, half_a_message
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 
@@ -44,8 +45,8 @@ def plain(sandbox: Sandbox, **changes: Any) -> ClickHouseResource:
     settings: dict[str, Any] = {
         "host": HOST,
         "port": sandbox.clickhouse.http_port,
-        "user": sandbox.clickhouse.user,
-        "password": sandbox.clickhouse.password,
+        "user": ROLE,
+        "password": sandbox.source_password,
     }
     return ClickHouseResource(**(settings | changes))
 
@@ -340,7 +341,7 @@ def test_wrong_credentials_are_a_lasting_error_that_names_their_settings(
     assert isinstance(error, SourceError)
     assert "Code: 516" in str(error)
     assert "CLICKHOUSE_USER, CLICKHOUSE_PASSWORD" in str(error)
-    assert sandbox.clickhouse.password not in str(error)
+    assert sandbox.source_password not in str(error)
 
 
 def test_a_missing_database_table_or_column_is_named(sandbox: Sandbox, source: Source) -> None:
@@ -363,7 +364,7 @@ def test_an_export_from_a_database_without_the_tables_says_so(
     assert failed.error is not None
     assert "(UNKNOWN_TABLE)" in failed.error
     assert "A source table is missing" in failed.error
-    assert sandbox.clickhouse.password not in failed.error + " ".join(failed.log)
+    assert sandbox.source_password not in failed.error + " ".join(failed.log)
 
 
 # Settings and names
@@ -487,7 +488,7 @@ def test_event_names_with_quotes_are_data(source: Source, target: Target, run: R
 
 
 def test_a_database_with_an_awkward_name_is_read(sandbox: Sandbox) -> None:
-    name = f'it\'s a "test" {uuid.uuid4().hex}'
+    name = f'test_it\'s a "test" {uuid.uuid4().hex}'
     sandbox.execute(f"CREATE DATABASE `{name}`")
     try:
         sql = "SELECT 1 AS number, currentDatabase() AS word"

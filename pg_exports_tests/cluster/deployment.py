@@ -24,6 +24,7 @@ from dagster_shared.yaml_utils import load_yaml_from_path
 
 from pg_exports.lost_runs import Answers
 from pg_exports.sandbox import Sandbox, postgres_server, servers
+from pg_exports.sandbox.files import write_private
 from pg_exports.sandbox.postgres_server import PostgresServer
 from pg_exports_tests.cluster import exports
 from pg_exports_tests.cluster.network import Network, network, relay
@@ -210,7 +211,7 @@ def broker(folder: Path, gateway: str | None) -> Iterator[Broker]:
     running = Broker(folder, free_port(), secrets.token_urlsafe(18))
     data = folder / "redis"
     data.mkdir()
-    servers.write_private(
+    write_private(
         folder / "redis.conf",
         f"include {SETTINGS / 'redis.conf'}\nbind 127.0.0.1 {gateway or ''}\nport {running.port}\n"
         f"requirepass {running.password}\ndir {data}\n",

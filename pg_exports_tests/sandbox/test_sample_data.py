@@ -1,17 +1,12 @@
-"""The sample is the same whenever it is filled, and holds every case that an export has to survive.
-
-The engine is opened in this process for this module alone, once: chdb allows one data folder in a process.
-"""
+"""The sample is the same whenever it is filled, and holds every case that an export has to survive."""
 
 import json
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
-import chdb
 import pytest
 
-from pg_exports.sandbox import sample_data
+from pg_exports.sandbox import Sandbox, sample_data
 from pg_exports.sandbox.sample_data import empty_hour, fill, hours_of, plan_of
 from pg_exports.sandbox.source_tables import create_tables
 
@@ -22,16 +17,16 @@ SOURCES = ("events", "person", "person_distinct_id2", "raw_sessions")
 
 
 class Engine:
-    """ClickHouse in this process: `execute` is what `fill` wants, `rows` what the tests ask."""
+    """ClickHouse, as its administrator: `execute` is what `fill` wants, `rows` what the tests ask."""
 
-    def __init__(self, folder: Path) -> None:
-        self.connection = chdb.connect(str(folder))  # type: ignore[no-untyped-call]  # chdb leaves it untyped
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._sandbox = sandbox
 
     def execute(self, statement: str, parameters: Mapping[str, object]) -> None:
-        self.connection.query(statement, "Null", params=dict(parameters))
+        self._sandbox.execute(statement, parameters)
 
     def rows(self, query: str) -> list[list[object]]:
-        answer = str(self.connection.query(query, "JSONCompactEachRow"))
+        answer = self._sandbox.client.raw_query(query, fmt="JSONCompactEachRow")
         return [json.loads(line) for line in answer.splitlines()]
 
     def value(self, query: str) -> object:
@@ -42,13 +37,14 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    engine = Engine(tmp_path_factory.mktemp("clickhouse"))
+def engine(sandbox: Sandbox) -> Iterator[Engine]:
+    engine = Engine(sandbox)
     for database, seed in (("sample", 1), ("other", 2)):
         create_tables(engine.execute, database)
         fill(engine.execute, database, end=END, hours=HOURS, events=EVENTS, seed=seed)
     yield engine
-    engine.connection.close()
+    for database in ("sample", "other", "again"):
+        sandbox.execute(f"DROP DATABASE IF EXISTS {database} SYNC")
 
 
 @pytest.fixture(scope="module")
