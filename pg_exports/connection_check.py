@@ -157,14 +157,15 @@ def _in_order(checks: Sequence[_Check]) -> Iterator[Step]:
             yield Step(check.name, "failed", str(error))
 
 
-# To use an index for `IN (SELECT ...)`, ClickHouse would read what is in the brackets.
 _NOTHING = """
 SELECT * FROM (
 {}
 )
 LIMIT 0
-SETTINGS use_index_for_in_with_subqueries = 0
 """
+
+# To use an index for `IN (SELECT ...)`, ClickHouse would read what is in the brackets.
+_READ_NOTHING = {"use_index_for_in_with_subqueries": 0}
 
 
 class _Source:
@@ -200,7 +201,8 @@ class _Source:
         if is_lacking and without:
             query = without
         asked = query(selection)
-        self._clickhouse.rows(Query(_NOTHING.format(asked.sql.strip()), asked.parameters), log_comment=self._comment)
+        nothing = Query(_NOTHING.format(asked.sql.strip()), asked.parameters)
+        self._clickhouse.rows(nothing, log_comment=self._comment, settings=_READ_NOTHING)
         yield "passed", f"Everything that {model.name} is read from is there, and this user may read it."
         if is_lacking:
             yield (

@@ -1,6 +1,7 @@
 """What ClickHouse's refusals mean, for the person who reads them."""
 
 import re
+from collections.abc import Mapping
 
 from clickhouse_connect.driver.exceptions import Error, ProgrammingError
 
@@ -28,7 +29,6 @@ PASSING_CODES = frozenset(
         289,  # REPLICA_IS_NOT_IN_QUORUM
         319,  # UNKNOWN_STATUS_OF_INSERT
         369,  # ALL_REPLICAS_ARE_STALE
-        394,  # QUERY_WAS_CANCELLED
         425,  # SYSTEM_ERROR
         439,  # CANNOT_SCHEDULE_TASK
         459,  # CANNOT_SET_THREAD_PRIORITY
@@ -42,6 +42,9 @@ PASSING_CODES = frozenset(
         999,  # KEEPER_EXCEPTION
     }
 )
+
+CANCELLED = 394
+"""QUERY_WAS_CANCELLED."""
 
 _TRACE = "The query is in system.query_log, with the run's id in its log_comment."
 
@@ -65,7 +68,8 @@ _REMEDIES = {
     70: _VALUE,
     81: "Check the connection's `database` (CLICKHOUSE_DATABASE).",
     115: "Check the connection's `settings`.",
-    164: "The ClickHouse user may not change settings: give it a profile with `readonly` 2 instead of 1.",
+    164: "The user's profile has `readonly` = 1, which forbids the settings that every query carries. An administrator of "
+    "ClickHouse can allow them: ALTER USER <user> SETTINGS readonly = 2. The user can still change no data.",
     192: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     193: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     194: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
@@ -79,41 +83,70 @@ _REMEDIES = {
     369: "A shard has no replica that answers and has all rows: they are out of reach (system.clusters on the server that was "
     "asked), behind, or without ClickHouse Keeper (absolute_delay and is_readonly in system.replicas). By how many seconds "
     "one may be behind says `max_replica_delay_for_distributed_queries` in the connection's `settings`.",
+    394: "The query was cancelled in ClickHouse, as by an administrator's KILL QUERY: it is not started again by itself. When "
+    "it may run, run the interval again.",
     395: _VALUE,
     427: "A pattern in the export's `filters` is no regular expression (RE2's syntax).",
-    452: "The ClickHouse user's profile has constraints on settings that exports need to set: docs/clickhouse.md lists them.",
+    452: "A constraint of the user's profile forbids a setting that every query carries (docs/clickhouse.md lists them). An "
+    "administrator of ClickHouse can allow it: take the setting named above out of the CONSTRAINTS of the profile, or give it "
+    "the value that docs/clickhouse.md has.",
     467: _VALUE,
-    497: "The ClickHouse user needs SELECT on the model's source tables: `GRANT SELECT ON <database>.* TO <user>`.",
+    396: "The user's profile limits the answer: `max_result_rows` or `max_result_bytes`.",
+    497: "An administrator of ClickHouse can give the user what it lacks: GRANT SELECT, SHOW DICTIONARIES, dictGet ON "
+    "<database>.* TO <user>.",
+    1000: "A value of the export's filters or event names is longer than the 128 KB that ClickHouse takes "
+    "(`http_max_field_value_size`).",
     507: "Leave `force_optimize_skip_unused_shards` out of the connection's `settings`.",
     516: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     519: _NO_SHARD,
     701: "A Distributed table's cluster is not among the `remote_servers` of the server that was asked.",
 }
 
+_LACKING_GRANT = re.compile(
+    r"DB::Exception: (?P<user>[^\s:]+): Not enough privileges.*?necessary to have the grant (?P<grant>.+?)\.? \(ACCESS_DENIED",
+    re.DOTALL,
+)
+
+_NOT_BY_A_PROFILE = {60, 81, 115, 164, 192, 193, 194, 394, 452, 497, 516, 701}
+"""Errors that no setting of a profile leads to, or whose text names it."""
+
+PROFILE_SETTINGS_SHOWN = 30
+
 _OF_A_SHARD = re.compile(r"Received from (\S+?)[,.]? ")
 _BY_A_SHARD = {60, 81, 192, 193, 194, 497, 516}
 """Where a shard says so, it is not about the connection's own `database`, `user` and grants."""
 
 
-def explained(error: Error, address: str) -> SourceError | PassingError:
-    """The error to raise for one of clickhouse-connect: with an address, ClickHouse's own words and a remedy."""
+def explained(error: Error, address: str, changed: Mapping[str, str] | None = None) -> SourceError | PassingError:
+    """The error to raise for one of clickhouse-connect: with an address, ClickHouse's own words and a remedy.
+
+    Args:
+        error: it.
+        address: of the server.
+        changed: the settings of the user's profile, which may be the cause.
+    """
     text = str(error)
     if error.code is None and isinstance(error, ProgrammingError):
-        return SourceError(
-            f"The query for ClickHouse at {address} cannot be sent: {text}\nCheck the connection's `settings`."
-        )
+        return SourceError(f"The query for ClickHouse at {address} cannot be sent: {text}")
     if error.code is None:
         return _no_answer(text, address)
-    return refused(text, error.code, address)
+    return refused(text, error.code, address, changed)
 
 
-def refused(text: str, code: int | None, address: str) -> SourceError | PassingError:
-    """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream."""
-    said = f"ClickHouse at {address} answered with an error: {_own_words(text)}"
-    remedy = _remedy(text, code or 0)
+def refused(
+    text: str, code: int | None, address: str, changed: Mapping[str, str] | None = None
+) -> SourceError | PassingError:
+    """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream. See `explained`."""
+    lines = [f"ClickHouse at {address} answered with an error: {_own_words(text)}", _remedy(text, code or 0)]
     if code in PASSING_CODES:
-        return PassingError(f"{said}\n{remedy}" if remedy else said)
-    return SourceError(f"{said}\n{remedy or _TRACE}")
+        return PassingError("\n".join(filter(None, lines)))
+    lines.append(_profile(changed or {}) if code not in _NOT_BY_A_PROFILE else None)
+    return SourceError("\n".join(line for line in [*lines, None if any(lines[1:]) else _TRACE] if line))
+
+
+def may_be_a_shutdown(error: SourceError | PassingError) -> bool:
+    """Whether ClickHouse has cancelled the query: it does so on KILL QUERY, and when it shuts down."""
+    return isinstance(error, SourceError) and f"Code: {CANCELLED}." in str(error)
 
 
 def _remedy(text: str, code: int) -> str | None:
@@ -123,7 +156,22 @@ def _remedy(text: str, code: int) -> str | None:
             f"The shard {shard[1]} says so: look there. It is asked as the user that the cluster's definition names, or as "
             "the connection's own where that has a `secret`, who needs SELECT on the local tables."
         )
+    lacking = _LACKING_GRANT.search(text)
+    if lacking:
+        return (
+            "An administrator of ClickHouse can allow it: "
+            f"GRANT {lacking['grant']} TO {lacking['user']}; README lists all grants that an export needs."
+        )
     return _REMEDIES.get(code)
+
+
+def _profile(changed: Mapping[str, str]) -> str | None:
+    """The settings of the user's profile, one of which may be the cause."""
+    if not changed:
+        return None
+    shown = [f"{name} = {value or repr(value)}" for name, value in sorted(changed.items())]
+    more = f", and {len(shown) - PROFILE_SETTINGS_SHOWN} more" if len(shown) > PROFILE_SETTINGS_SHOWN else ""
+    return f"Settings of the user's profile that may be the cause: {', '.join(shown[:PROFILE_SETTINGS_SHOWN])}{more}."
 
 
 def _own_words(text: str) -> str:

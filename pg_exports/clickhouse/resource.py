@@ -3,74 +3,32 @@
 import contextlib
 import re
 import ssl
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
-import clickhouse_connect
 import dagster as dg
 import polars as pl
 import urllib3
-from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import Error
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PrivateAttr
 
 from pg_exports.clickhouse import arrow, errors
+from pg_exports.clickhouse import settings as query_settings
+from pg_exports.clickhouse.answer import Answer, Body
+from pg_exports.clickhouse.http_client import QuietClient
+from pg_exports.clickhouse.settings import ServerSettings
 from pg_exports.errors import PassingError, SettingsError, SourceError
 from pg_exports.models import FRAME_TYPES, IDENTITY, INTERVAL, Column, Model, Query, as_read
 
 CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made."""
 
+LONG_PAUSE = 25
+"""Seconds for which an answer was not read, from which on that may be why it broke off."""
+
 READ_TIMEOUT = 300
 """Seconds without a byte after which a stream counts as frozen, where the resource does not say."""
-
-
-_WHOLE_ANSWERS: Mapping[str, int | str] = {
-    "limit": 0,
-    "offset": 0,
-    "skip_unavailable_shards": 0,
-    "distributed_group_by_no_merge": 0,
-    "use_query_cache": 0,
-    **{
-        f"{what}_overflow_mode": "throw"
-        for what in ("distinct", "group_by", "join", "read", "result", "set", "sort", "timeout", "transfer")
-    },
-    "read_overflow_mode_leaf": "throw",
-    "timeout_overflow_mode_leaf": "throw",
-    "output_format_arrow_string_as_string": 1,
-}
-"""A user's profile may have settings under which ClickHouse ends a shortened answer like a whole one, leaves a group once
-for each shard, or sends text as bytes that nobody has checked. These undo them, and no connection's `settings` wins over
-them."""
-
-REPLICA_DELAY = 60
-"""Seconds that a replica may be behind. A schedule's run begins a minute after its interval's end, so what is behind by less
-has all of the interval. ClickHouse's own default is 300."""
-
-_OF_CLUSTERS: Mapping[str, int | str] = {
-    # A subquery of the user's own over a Distributed table is read once, for all shards: `local` reads a shard's part of it.
-    "distributed_product_mode": "global",
-    # True only of rows that came through the Distributed table, and not of those that consumers wrote to the shards.
-    "optimize_skip_unused_shards": 0,
-    # Of tables with a sampling key each replica would read a share, and a share of all there is only where none is behind.
-    "max_parallel_replicas": 1,
-    "max_replica_delay_for_distributed_queries": REPLICA_DELAY,
-    "fallback_to_stale_replicas_for_distributed_queries": 0,
-}
-"""Settings for Distributed tables under which answers are right however the rows lie. They win over the user's profile; a
-connection's `settings` win over them, as who knows the cluster may know better."""
-
-
-class Answer(arrow.ByteSource, Protocol):
-    """An HTTP answer that can be given back before its end."""
-
-    def shutdown(self) -> None:
-        """Break off whatever is being read."""
-        ...
-
-    def close(self) -> None:
-        """Give everything back."""
-        ...
 
 
 class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
@@ -98,6 +56,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
     ca_certificate: str | None = None
     settings: dict[str, Any] = Field(default={})
     read_timeout: int = READ_TIMEOUT
+    _server_settings: ServerSettings | None = PrivateAttr(default=None)
 
     @property
     def address(self) -> str:
@@ -139,19 +98,37 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         with contextlib.ExitStack() as opened:
             with self._explained():
                 client = opened.enter_context(contextlib.closing(self._client()))
-                settings = self._settings(client, log_comment, query_id)
-                answer = client.raw_stream(query.sql, dict(query.parameters), settings=settings, fmt="ArrowStream")
-            opened.callback(_hang_up, cast("Answer", answer))
+                sent = self._with_settings(client, query, log_comment)
+                answer = client.raw_stream(
+                    sent.sql, dict(sent.parameters), settings=_named(query_id), fmt="ArrowStream"
+                )
+            body = Body(cast("Answer", answer))
+            opened.callback(body.close)
             needed = [column for column in model.columns if column not in needless]
-            yield self._frames(_Body(cast("Answer", answer)), model, needed)
+            yield self._frames(body, model, needed)
 
-    def rows(self, query: Query, *, log_comment: str, query_id: str | None = None) -> list[tuple[Any, ...]]:
-        """The rows of a query with a small answer. Arguments and errors as those of `frames`."""
+    def rows(
+        self,
+        query: Query,
+        *,
+        log_comment: str,
+        query_id: str | None = None,
+        settings: Mapping[str, query_settings.Value] | None = None,
+    ) -> list[tuple[Any, ...]]:
+        """The rows of a query with a small answer.
+
+        Args:
+            query: the statement and its bound parameters.
+            log_comment: what ClickHouse's query log keeps beside the query.
+            query_id: what it calls the query; ClickHouse's own by default.
+            settings: of this query alone.
+
+        Raises: as `frames`.
+        """
         with self._explained(), contextlib.closing(self._client()) as client:
-            settings = self._settings(client, log_comment, query_id)
-            return [
-                tuple(row) for row in client.query(query.sql, dict(query.parameters), settings=settings).result_rows
-            ]
+            sent = self._with_settings(client, query, log_comment, settings)
+            answer = client.query(sent.sql, dict(sent.parameters), settings=_named(query_id))
+            return [tuple(row) for row in answer.result_rows]
 
     def count(self, query: Query, *, log_comment: str) -> int:
         """How many rows a query has; of its columns ClickHouse reads those that it needs for that.
@@ -167,13 +144,17 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
         Raises: as `frames`.
         """
-        sql = "SELECT count() FROM system.dictionaries WHERE database = currentDatabase() AND name = {name:String}"
+        # `system.dictionaries` takes a grant of its own, where the server wants one for system tables.
+        sql = (
+            "SELECT count() FROM system.tables"
+            " WHERE database = currentDatabase() AND name = {name:String} AND engine = 'Dictionary'"
+        )
         [(found,)] = self.rows(Query(sql, {"name": name}), log_comment=log_comment)
         return bool(found)
 
-    def _client(self) -> Client:
+    def _client(self) -> QuietClient:
         self._check_address()
-        return clickhouse_connect.get_client(
+        return QuietClient(
             interface="https" if self.secure else "http",
             host=self.host,
             port=self.port or (8443 if self.secure else 8123),
@@ -181,8 +162,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             password=self.password,
             database=self.database,
             ca_cert=self.ca_certificate,
-            # ClickHouse reads no "True".
-            settings={name: int(value) if isinstance(value, bool) else value for name, value in self.settings.items()},
+            settings=dict(query_settings.HTTP),
             client_name="pg_exports",
             connect_timeout=CONNECT_TIMEOUT,
             send_receive_timeout=self.read_timeout,
@@ -192,15 +172,20 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             compress=False,
         )
 
-    def _settings(self, client: Client, log_comment: str, query_id: str | None) -> dict[str, int | str]:
-        """The settings of one query, which win over those of the client, which are the connection's."""
-        defaults = {name: value for name, value in _OF_CLUSTERS.items() if name not in self.settings}
-        # A server that is too old for a setting has nothing to undo either, and would refuse its name.
-        known = {
-            name: value for name, value in {**defaults, **_WHOLE_ANSWERS}.items() if name in client.server_settings
-        }
-        named = {} if query_id is None else {"query_id": query_id}
-        return {**known, "log_comment": log_comment, **named}
+    def _with_settings(
+        self,
+        client: QuietClient,
+        query: Query,
+        log_comment: str,
+        more: Mapping[str, query_settings.Value] | None = None,
+    ) -> Query:
+        """The query as it is sent, with its SETTINGS clause and no parameter that is too long for ClickHouse."""
+        if self._server_settings is None:
+            [row] = client.query(query_settings.discovery()).result_rows
+            self._server_settings = query_settings.discovered(*row)
+        settings = query_settings.of_query({**self.settings, **(more or {})}, self._server_settings, log_comment)
+        short = query.with_short_parameters()
+        return Query(f"{short.sql.strip()}\n{query_settings.clause(settings)}", short.parameters)
 
     def _check_address(self) -> None:
         # A value that is no host may be a whole URL with a password in it: it is not shown.
@@ -220,48 +205,58 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
                     f"{self.ca_certificate} is not ({error.strerror or error})."
                 ) from None
 
-    def _frames(self, answer: arrow.ByteSource, model: Model, columns: Sequence[Column]) -> Iterator[pl.DataFrame]:
-        with self._explained():
-            for batch in arrow.batches(answer):
+    def _frames(self, body: Body, model: Model, columns: Sequence[Column]) -> Iterator[pl.DataFrame]:
+        with self._explained(body):
+            for batch in arrow.batches(body):
                 yield _conformed(model.finish(pl.DataFrame(pl.from_arrow(batch))), model, columns)
 
     @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, body: Body | None = None) -> Iterator[None]:
+        """Raise what goes wrong in the block as an error that a person can read. `body`: the answer that it reads."""
+        began = time.monotonic()
+        changed = self._server_settings.changed if self._server_settings else {}
         try:
             yield
         except Error as error:
-            raise errors.explained(error, self.address) from None
+            explained = errors.explained(error, self.address, changed)
         except arrow.TruncatedStreamError as error:
             if error.text:
-                raise errors.refused(error.text, error.code, self.address) from None
-            raise PassingError(f"The answer of ClickHouse at {self.address} broke off before its end.") from None
+                explained = errors.refused(error.text, error.code, self.address, changed)
+            else:
+                explained = PassingError(
+                    f"The answer of ClickHouse at {self.address} broke off before its end.{_why(body)}"
+                )
         except (urllib3.exceptions.HTTPError, ConnectionError, TimeoutError) as error:
-            raise PassingError(f"The connection to ClickHouse at {self.address} broke: {error}") from None
+            explained = PassingError(f"The connection to ClickHouse at {self.address} broke: {error}{_why(body)}")
+        else:
+            return
+        if errors.may_be_a_shutdown(explained) and self._has_restarted(time.monotonic() - began):
+            raise PassingError(f"ClickHouse at {self.address} cancelled the query, as it shut down.") from None
+        raise explained from None
 
-
-class _Body:
-    """An answer's body, which ends where the connection breaks: ClickHouse breaks it behind an exception's text."""
-
-    def __init__(self, answer: arrow.ByteSource) -> None:
-        self._answer = answer
-        self._is_broken = False
-
-    def read(self, size: int, /) -> bytes:
-        if self._is_broken:
-            return b""
+    def _has_restarted(self, seconds: float) -> bool:
+        """Whether the server does not answer, or has been up for less than so many seconds."""
         try:
-            return self._answer.read(size)
-        except urllib3.exceptions.ProtocolError as error:
-            self._is_broken = True
-            partial = getattr(error.args[-1], "partial", b"")
-            return partial if isinstance(partial, bytes) else b""
+            with contextlib.closing(self._client()) as client:
+                [(uptime,)] = client.query(f"SELECT uptime() {query_settings.clause(query_settings.WHOLE)}").result_rows
+        except Error:
+            return True
+        return int(uptime) < seconds
 
 
-def _hang_up(answer: Answer) -> None:
-    """Close an answer, from which another thread may be reading: that one ends too."""
-    with contextlib.suppress(ValueError, RuntimeError, OSError):
-        answer.shutdown()
-    answer.close()
+def _why(body: Body | None) -> str:
+    """Why an answer may have broken off: as its reader left it for so long."""
+    if body is None or body.longest_pause < LONG_PAUSE:
+        return ""
+    return (
+        f"\nBefore that, Postgres took no rows for {body.longest_pause:.0f} s. ClickHouse gives an answer up of which nothing "
+        "is read for 30 s (`http_send_timeout` of the server's default profile). Find out what kept Postgres: locks, rows "
+        "that are refused one by one (the table pg_exports_rejected has the reasons), a disk that is full."
+    )
+
+
+def _named(query_id: str | None) -> dict[str, str]:
+    return {} if query_id is None else {"query_id": query_id}
 
 
 def _conformed(frame: pl.DataFrame, model: Model, columns: Sequence[Column]) -> pl.DataFrame:

@@ -3,6 +3,8 @@
 Nothing here talks to a database. The models themselves are the modules beside this one.
 """
 
+import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -209,10 +211,48 @@ class Query:
         names = ", ".join(map(backquoted, columns))
         return Query(f"SELECT * EXCEPT ({names}) FROM (\n{self.sql.strip()}\n)", self.parameters)
 
+    def with_short_parameters(self) -> "Query":
+        """The same query, with each list that is longer than `PARAMETER_BYTES` in several parameters."""
+        sql, parameters = self.sql, dict[str, object]()
+        for name, value in self.parameters.items():
+            lists = _short(value) if isinstance(value, (list, tuple)) else [value]
+            if len(lists) == 1:
+                parameters[name] = value
+                continue
+            numbered = {f"{name}_{number}": part for number, part in enumerate(lists)}
+            parameters |= numbered
+            sql = re.sub(rf"\{{{name}:([^{{}}]*)\}}", functools.partial(_concatenated, tuple(numbered)), sql)
+        return Query(sql, parameters)
+
     def for_console(self) -> str:
         """The query with its values as `SET param_...` lines before it, to be pasted into clickhouse-client."""
         settings = "".join(f"SET param_{name} = {_console_value(value)};\n" for name, value in self.parameters.items())
         return f"{settings}{self.sql.strip()};\n"
+
+
+PARAMETER_BYTES = 100_000
+"""Bytes of one parameter of a query, at most: ClickHouse refuses a field of a request that has more than 128 KB, escapes and
+quotes counted (`http_max_field_value_size`, which no query can change)."""
+
+
+def _concatenated(names: Sequence[str], placeholder: re.Match[str]) -> str:
+    return f"arrayConcat({', '.join(f'{{{name}:{placeholder[1]}}}' for name in names)})"
+
+
+def _short(values: Sequence[object]) -> list[list[object]]:
+    """The values in lists of up to `PARAMETER_BYTES`. A value that is longer is alone."""
+    lists: list[list[object]] = [[]]
+    size = 0
+    for value in values:
+        # As it is sent: quoted, with a backslash before each quote and backslash, and percent-encoded or not.
+        text = str(value)
+        length = len(text.encode()) + text.count("'") + text.count("\\") + 4
+        if size + length > PARAMETER_BYTES and lists[-1]:
+            lists.append([])
+            size = 0
+        lists[-1].append(value)
+        size += length
+    return lists
 
 
 def _as_it_is(frame: pl.DataFrame) -> pl.DataFrame:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pg_exports import ClickHouseResource
-from pg_exports.clickhouse import errors, resource
+from pg_exports.clickhouse import errors, settings
 from pg_exports.connection_check import Setup, steps
 from pg_exports.errors import PassingError, SourceError
 from pg_exports.models import MODELS, Model, OwnModel, Part, PropertyFilter, Query, Selection
@@ -332,7 +332,7 @@ def test_sequential_consistency_is_the_connections_own_choice(distributed: Sourc
 def test_settings_that_the_server_does_not_know_are_not_sent(
     distributed: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resource, "_WHOLE_ANSWERS", {**resource._WHOLE_ANSWERS, "of_a_later_version": 1})
+    monkeypatch.setattr(settings, "PINNED", {**settings.PINNED, "of_a_later_version": 1})
     assert setting(distributed.resource(), "skip_unavailable_shards") == "false"
 
 

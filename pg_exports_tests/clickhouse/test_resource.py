@@ -404,7 +404,7 @@ def test_an_unknown_query_setting_is_a_lasting_error_that_names_it(sandbox: Sand
 def test_a_query_setting_that_is_none_is_a_lasting_error_that_names_it(sandbox: Sandbox) -> None:
     error = refusal(https(sandbox, settings={"user": "another"}))
     assert isinstance(error, SourceError)
-    assert "user is a reserved transport parameter" in str(error)
+    assert "Unknown setting 'user'" in str(error)
     assert "`settings`" in str(error)
 
 
