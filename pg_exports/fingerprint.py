@@ -34,6 +34,11 @@ class Fingerprint:
         total = (self.sum + other.sum) % 2**64
         return Fingerprint(self.rows + other.rows, self.xor ^ other.xor, total, self.scheme or other.scheme)
 
+    def may_be(self, kept: str) -> bool:
+        """Whether one that the ledger keeps may be of the same rows. One of another scheme tells their number alone."""
+        rows, _, _, scheme = (*kept.split(":"), "")[:4]
+        return kept == str(self) or (scheme != self.scheme and int(rows) == self.rows)
+
     def __str__(self) -> str:
         """As the ledger keeps it."""
         numbers = f"{self.rows}:{self.xor:016x}:{self.sum:016x}"

@@ -68,7 +68,7 @@ def requests(
     were = {interval: exported.get((interval.start, interval.end)) for interval in latest}
     if not any(were.values()):
         return dg.SkipReason("None of the latest intervals has been exported to the table that is there now.")
-    found = {interval: str(at_source.get(interval.start, Fingerprint())) for interval in latest}
+    found = {interval: at_source.get(interval.start, Fingerprint()) for interval in latest}
     runs = [
         dg.RunRequest(
             run_key=f"{export} {interval.partition_key} {fingerprint} {now:%Y-%m-%d}",
@@ -76,6 +76,6 @@ def requests(
             tags=TAGS,
         )
         for interval, fingerprint in found.items()
-        if were[interval] not in (None, fingerprint)
+        if (kept := were[interval]) and not fingerprint.may_be(kept)
     ]
     return runs or dg.SkipReason(f"No late events in the latest {sum(map(bool, were.values()))} intervals.")

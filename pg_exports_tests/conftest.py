@@ -27,14 +27,12 @@ from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox, postgres_server, sample_data, servers, source_tables
 from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.servers import DATABASE, ROLE, SOURCE_DATABASE
+from pg_exports_tests.clickhouse.users import SOURCE_DATABASES, USERS
 from pg_exports_tests.yaml_exports import load  # noqa: F401 - a fixture
 
 SAMPLE_HOURS = 30
 SAMPLE_EVENTS = 3_000
 TEAM = 1
-
-SOURCE_DATABASES = (SOURCE_DATABASE, "test_*")
-"""The ClickHouse databases that exports may read, with the README's grants: tests' own have names that begin so."""
 
 LONGEST_OF_A_TEST = timedelta(seconds=60)
 """What a test that looks at the clock takes at most, on a busy machine."""
@@ -73,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
     """Both servers, for the whole session. Exports have the README's grants and no others, in both."""
-    running = servers.start(tmp_path_factory.mktemp("sandbox") / "servers", SOURCE_DATABASES)
+    running = servers.start(tmp_path_factory.mktemp("sandbox") / "servers", SOURCE_DATABASES, USERS)
     yield running
     servers.stop(running)
 

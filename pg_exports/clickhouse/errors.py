@@ -68,6 +68,7 @@ _REMEDIES = {
     70: _VALUE,
     81: "Check the connection's `database` (CLICKHOUSE_DATABASE).",
     115: "Check the connection's `settings`.",
+    159: "The query reached `max_execution_time`, of the user's profile or the connection's `settings`.",
     164: "The user's profile has `readonly` = 1, which forbids the settings that every query carries. An administrator of "
     "ClickHouse can allow them: ALTER USER <user> SETTINGS readonly = 2. The user can still change no data.",
     192: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
@@ -75,6 +76,8 @@ _REMEDIES = {
     194: "Check `user` and `password` (CLICKHOUSE_USER, CLICKHOUSE_PASSWORD).",
     198: _NO_SHARD,
     225: "With `select_sequential_consistency` a replica asks ClickHouse Keeper (ZooKeeper), which it has lost.",
+    241: "The query reached a limit of memory: `max_memory_usage` or `max_memory_usage_for_user` of the profile, or the "
+    "server's own. A shorter interval takes less, and so does `max_threads` in the connection's `settings`.",
     279: _NO_SHARD,
     288: "In a query of your own, and in an added column's expression, write GLOBAL IN and GLOBAL JOIN before what reads a "
     "Distributed table, or leave `distributed_product_mode` out of the connection's `settings`.",
@@ -102,8 +105,10 @@ _REMEDIES = {
     701: "A Distributed table's cluster is not among the `remote_servers` of the server that was asked.",
 }
 
+_NAME = r"(?:`(?:[^`\\]|\\.)*`|[\w*]+)"
 _LACKING_GRANT = re.compile(
-    r"DB::Exception: (?P<user>[^\s:]+): Not enough privileges.*?necessary to have the grant (?P<grant>.+?)\.? \(ACCESS_DENIED",
+    r"DB::Exception: (?P<user>\S+): Not enough privileges.*?necessary to have the grant "
+    rf"(?P<grant>[A-Za-z ]+(?:\([^)]*\))? ON {_NAME}(?:\.{_NAME})?)",
     re.DOTALL,
 )
 

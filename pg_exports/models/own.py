@@ -37,6 +37,10 @@ _PLACEHOLDERS = {
 
 _BOUND_TYPES = {"interval_start": "DateTime", "interval_end": "DateTime", "team_id": "Int"}
 
+_TEXTS = 2
+"""Version of the texts of which identities are made. Those of the first version followed the settings of the user's profile:
+`date_time_output_format`, for one."""
+
 _START = f"toUnixTimestamp64Micro({_PLACEHOLDERS['interval_start']})"
 
 
@@ -131,7 +135,7 @@ class OwnModel(BaseModel):
 
     def _identity_scheme(self) -> str:
         """The hash of a row is made of the key's values as texts, so of their types too."""
-        key = repr([(name, self.columns[name]) for name in self.key])
+        key = repr([_TEXTS, *((name, self.columns[name]) for name in self.key)])
         return md5(key.encode(), usedforsecurity=False).hexdigest()[:8]
 
     def _query(self, selection: Selection) -> Query:

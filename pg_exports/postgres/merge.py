@@ -119,30 +119,49 @@ def _is_empty(session: Session, table: DestinationTable) -> bool:
 
 
 def _insert_missing(table: DestinationTable, staging: str) -> str:
-    key = [quoted(name) for name in table.model.key if name in table.column_names]
     return f"""
         WITH written AS (
             INSERT INTO {table.qualified} ({table.column_list})
-            SELECT {table.column_list}
-            FROM {quoted(table.destination.schema, staging)} AS s
-            WHERE NOT EXISTS (
-                SELECT FROM {table.qualified} AS d WHERE {" AND ".join(f"d.{name} = s.{name}" for name in key)}
-            )
+            SELECT {table.column_list} FROM ({_absent(table, staging)}) AS s
             RETURNING 1
         )
         SELECT count(*), 0::bigint FROM written
     """
 
 
+def _absent(table: DestinationTable, staging: str) -> str:
+    """The staging table's rows whose key is not in the destination, where NULL is a value like any other.
+
+    In two halves, as an index serves `=` alone, and no join that takes NULL for equal can be a hash join without the hash.
+    """
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    rows = f"SELECT s.* FROM {quoted(table.destination.schema, staging)} AS s"
+    of_staging, of_table = (", ".join(f"{side}.{name}" for name in key) for side in "sd")
+    equal = " AND ".join(f"d.{name} = s.{name}" for name in key)
+    same = " AND ".join(f"d.{name} IS NOT DISTINCT FROM s.{name}" for name in key)
+    hashes = " = ".join(f"hash_record_extended(ROW({columns}), 0)" for columns in (of_table, of_staging))
+    return f"""
+        {rows}
+        WHERE num_nulls({of_staging}) = 0 AND NOT EXISTS (SELECT FROM {table.qualified} AS d WHERE {equal})
+        UNION ALL
+        {rows}
+        WHERE num_nulls({of_staging}) > 0 AND NOT EXISTS (
+            SELECT FROM {table.qualified} AS d WHERE num_nulls({of_table}) > 0 AND {hashes} AND {same}
+        )
+    """
+
+
 def _missing(table: DestinationTable, staging: str) -> str:
     """The staging table's rows that are not in the destination, or there in an older version."""
-    key = [quoted(name) for name in table.model.key if name in table.column_names]
     rule = table.model.merge
-    not_older = f" AND {_version(table, rule, 'd')} >= {_version(table, rule, 's')}" if rule else ""
+    if not rule:
+        return f"FROM ({_absent(table, staging)}) AS s"
+    key = [quoted(name) for name in table.model.key]
+    not_older = f"{_version(table, rule, 'd')} >= {_version(table, rule, 's')}"
     return f"""
         FROM {quoted(table.destination.schema, staging)} AS s
         WHERE NOT EXISTS (
-            SELECT FROM {table.qualified} AS d WHERE {" AND ".join(f"d.{name} = s.{name}" for name in key)}{not_older}
+            SELECT FROM {table.qualified} AS d WHERE {" AND ".join(f"d.{name} = s.{name}" for name in key)} AND {not_older}
         )
     """
 
