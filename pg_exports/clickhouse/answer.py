@@ -62,11 +62,12 @@ class Body:
         threading.Thread(target=self._read_ahead, name="pg_exports answer", daemon=True).start()
 
     def read(self, size: int, /) -> bytes:
-        """Up to `size` bytes; none at the end. Raises what urllib3 raises, but for a connection that broke."""
+        """So many bytes, fewer only at the end. Raises what urllib3 raises, but for a connection that broke."""
         with self._lock:
             self.longest_pause = max(self.longest_pause, time.monotonic() - self._last_read)
             try:
-                return self._waiting(size) or self._next(size)
+                waiting = self._waiting(size)
+                return waiting if len(waiting) == size else waiting + self._next(size - len(waiting))
             finally:
                 self._last_read = time.monotonic()
 
@@ -78,15 +79,19 @@ class Body:
         self._answer.close()
 
     def _waiting(self, size: int) -> bytes:
-        if not self._ahead:
-            if self._error:
-                raise self._error
-            return b""
-        first = self._ahead.popleft()
-        if len(first) > size:
-            self._ahead.appendleft(first[size:])
-        self._ahead_bytes -= len(first[:size])
-        return first[:size]
+        """Up to so many of the bytes that were read ahead."""
+        pieces, length = [], 0
+        while self._ahead and length < size:
+            piece = self._ahead.popleft()
+            if length + len(piece) > size:
+                self._ahead.appendleft(piece[size - length :])
+                piece = piece[: size - length]
+            pieces.append(piece)
+            length += len(piece)
+        self._ahead_bytes -= length
+        if length < size and self._error:
+            raise self._error
+        return b"".join(pieces)
 
     def _next(self, size: int) -> bytes:
         if self._has_ended:

@@ -20,6 +20,7 @@ from pg_exports.clickhouse.http_client import QuietClient
 from pg_exports.clickhouse.settings import ServerSettings
 from pg_exports.errors import PassingError, SettingsError, SourceError
 from pg_exports.models import FRAME_TYPES, IDENTITY, INTERVAL, Column, Model, Query, as_read
+from pg_exports.models.model import PARAMETER_BYTES
 
 CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made."""
@@ -167,8 +168,6 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             connect_timeout=CONNECT_TIMEOUT,
             send_receive_timeout=self.read_timeout,
             autogenerate_session_id=False,
-            # In the body, as a long list of event names would not fit into a URL.
-            form_encode_query_params=True,
             compress=False,
         )
 
@@ -185,7 +184,10 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
             self._server_settings = query_settings.discovered(*row)
         settings = query_settings.of_query({**self.settings, **(more or {})}, self._server_settings, log_comment)
         short = query.with_short_parameters()
-        return Query(f"{short.sql.strip()}\n{query_settings.clause(settings)}", short.parameters)
+        sql = f"{short.sql.strip()}\n{query_settings.clause(settings)}"
+        # In a form, as long lists do not fit into a URL; unless the query itself does not fit into a form's field.
+        client.form_encode_query_params = len(sql.encode()) <= PARAMETER_BYTES
+        return Query(sql, short.parameters)
 
     def _check_address(self) -> None:
         # A value that is no host may be a whole URL with a password in it: it is not shown.

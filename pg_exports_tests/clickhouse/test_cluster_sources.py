@@ -258,6 +258,12 @@ def test_the_connection_check_passes_on_distributed_tables(
     assert found["Source tables"].status == "passed"
 
 
+def test_thousands_of_event_names_reach_the_shards(plain: Source, distributed: Source, sample_end: datetime) -> None:
+    others = tuple(f"event {number:06} of a name that is some sixty bytes long, no more" for number in range(10_000))
+    query = MODELS["events"].query(selected(sample_end, include_events=(*others, "$pageview")))
+    assert same(plain, distributed, query, MODELS["events"]) > 100
+
+
 # The shape of the queries, by ClickHouse's own rule: it denies a subquery that each shard would answer for itself
 
 
