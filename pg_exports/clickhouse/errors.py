@@ -46,6 +46,11 @@ PASSING_CODES = frozenset(
 CANCELLED = 394
 """QUERY_WAS_CANCELLED."""
 
+ACCESS_DENIED = 497
+
+COLUMN_OF_A_SHARD = 10
+"""NOT_FOUND_COLUMN_IN_BLOCK: a shard gave other columns than it was asked for."""
+
 _TRACE = "The query is in system.query_log, with the run's id in its log_comment."
 
 _VALUE = (
@@ -147,6 +152,16 @@ def refused(
         return PassingError("\n".join(filter(None, lines)))
     lines.append(_profile(changed or {}) if code not in _NOT_BY_A_PROFILE else None)
     return SourceError("\n".join(line for line in [*lines, None if any(lines[1:]) else _TRACE] if line))
+
+
+def shortened_by_a_shard(table: str, address: str) -> SourceError:
+    """The error for a Distributed table of which a shard sends only a part."""
+    return SourceError(
+        f"A shard of the Distributed table {table} on ClickHouse at {address} shortens its answers: the profile of the user "
+        "who asks it has `limit`, `offset` or `additional_result_filter`, which no query can undo on a shard. An "
+        "administrator of ClickHouse can take them out of the profile. That user is the one in the cluster's definition, or "
+        "the connection's own if the definition has a `secret`."
+    )
 
 
 def may_be_a_shutdown(error: SourceError | PassingError) -> bool:

@@ -179,15 +179,37 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         more: Mapping[str, query_settings.Value] | None = None,
     ) -> Query:
         """The query as it is sent, with its SETTINGS clause and no parameter that is too long for ClickHouse."""
-        if self._server_settings is None:
-            [row] = client.query(query_settings.discovery()).result_rows
-            self._server_settings = query_settings.discovered(*row)
-        settings = query_settings.of_query({**self.settings, **(more or {})}, self._server_settings, log_comment)
+        server = self._server_settings or self._discover(client)
+        settings = query_settings.of_query({**self.settings, **(more or {})}, server, log_comment)
         short = query.with_short_parameters()
         sql = f"{short.sql.strip()}\n{query_settings.clause(settings)}"
         # In a form, as long lists do not fit into a URL; unless the query itself does not fit into a form's field.
         client.form_encode_query_params = len(sql.encode()) <= PARAMETER_BYTES
         return Query(sql, short.parameters)
+
+    def _discover(self, client: QuietClient) -> ServerSettings:
+        """Ask the server for its settings, and make sure that no shard shortens its answers.
+
+        Raises:
+            SourceError: a shard does.
+        """
+        [row] = client.query(query_settings.discovery()).result_rows
+        server = query_settings.discovered(*row)
+        for table in server.distributed:
+            settings = query_settings.of_query(self.settings, server, "")
+            sql = f"{query_settings.shards_query(table).strip()}\n{query_settings.clause(settings)}"
+            try:
+                answer = client.query(sql).result_rows
+            except Error as error:
+                if error.code == errors.ACCESS_DENIED:
+                    continue
+                if error.code != errors.COLUMN_OF_A_SHARD:
+                    raise
+                answer = []
+            if len(answer) != 1 or answer[0][0] > answer[0][1]:
+                raise errors.shortened_by_a_shard(table, self.address)
+        self._server_settings = server
+        return server
 
     def _check_address(self) -> None:
         # A value that is no host may be a whole URL with a password in it: it is not shown.

@@ -67,25 +67,62 @@ class ServerSettings:
     Attributes:
         known: the settings that it has.
         changed: those that the user's profile, or the server's, sets to another value than ClickHouse's default.
+        distributed: one of the database's Distributed tables for each cluster that they are on.
     """
 
     known: frozenset[str]
     changed: Mapping[str, str]
+    distributed: tuple[str, ...] = ()
 
 
-# One row, as a profile may limit a result's rows; an aggregate, as `limit` and `offset` are undone by the clause alone.
-_QUERY = "SELECT groupArray(name), groupArrayIf((name, value), changed) FROM system.settings"
+# One row, as a profile may limit a result's rows.
+_QUERY = """
+SELECT
+    groupArray(name),
+    groupArrayIf((name, value), changed),
+    (
+        SELECT groupArray(name)
+        FROM (
+            SELECT any(name) AS name
+            FROM system.tables
+            WHERE database = currentDatabase() AND engine = 'Distributed'
+            GROUP BY extract(engine_full, '^Distributed\\(([^,]+),')
+        )
+    )
+FROM system.settings
+"""
+
+ROWS_OF_A_SHARD = 1_000_000
+"""Rows that `shards_query` has a cluster of one shard send at most."""
+
+
+def shards_query(table: str) -> str:
+    """A query that tells whether the users as whom the shards of a Distributed table are asked have `limit` or `offset` in
+    their profiles, which ClickHouse does not let the asking server undo: its answer is no row or two numbers that differ, or
+    there is an error (`errors.COLUMN_OF_A_SHARD`).
+
+    Where there are several shards, a shard that wraps its query into a limited one names a count's column in another way. A
+    single one is given the whole query, and shortens its rows, but not a count.
+    """
+    name = backquoted(table)
+    return f"""
+SELECT
+    (SELECT least(count(), {ROWS_OF_A_SHARD}) FROM {name}) AS counted,
+    (SELECT count() FROM (SELECT 1 FROM {name} LIMIT {ROWS_OF_A_SHARD})) AS sent
+WHERE isNotNull(counted)
+"""
 
 
 def discovery() -> str:
-    """The query for `ServerSettings`: one row with two arrays. It has no setting that a supported server does not know."""
-    return f"{_QUERY}\n{clause(WHOLE)}"
+    """The query for `ServerSettings`: one row with three arrays. It has no setting that a supported server does not know."""
+    return f"{_QUERY.strip()}\n{clause(WHOLE)}"
 
 
-def discovered(names: Sequence[str], changed: Sequence[tuple[str, str]]) -> ServerSettings:
+def discovered(names: Sequence[str], changed: Sequence[tuple[str, str]], distributed: Sequence[str]) -> ServerSettings:
     """The answer to `discovery`."""
     ours = {*WHOLE, *HTTP}
-    return ServerSettings(frozenset(names), {name: value for name, value in changed if name not in ours})
+    by_others = {name: value for name, value in changed if name not in ours}
+    return ServerSettings(frozenset(names), by_others, tuple(distributed))
 
 
 def of_query(own: Mapping[str, Value], server: ServerSettings, log_comment: str) -> dict[str, Value]:

@@ -41,16 +41,27 @@ class Cluster:
     Attributes:
         sandbox: a sandbox whose ClickHouse is the first server.
         servers: all of them, with their native ports.
+        start: starts one of them, by its number, where it was.
     """
 
     sandbox: Sandbox
-    servers: tuple[ClickHouseServer, ...]
+    servers: list[ClickHouseServer]
+    start: Callable[[int], ClickHouseServer]
 
     def execute(self, sql: str, servers: Sequence[ClickHouseServer] | None = None) -> None:
         """Run a statement on each server as its administrator, by default on all."""
         for server in servers or self.servers:
             with administrator(server) as client:
                 client.command(sql)
+
+    def kill(self, number: int) -> None:
+        """End a shard without a word to anybody."""
+        os.kill(self.servers[number].pid, signal.SIGKILL)
+        os.waitpid(self.servers[number].pid, 0)
+
+    def start_again(self, number: int) -> None:
+        """Start a shard that was killed, with the data that it had."""
+        self.servers[number] = self.start(number)
 
     @contextlib.contextmanager
     def frozen(self, number: int) -> Iterator[None]:
@@ -90,7 +101,8 @@ def cluster(
         folder: for the servers' files.
         count: of servers.
         settings: of `exporter`'s profile, on every server.
-        users: further users; for each a cluster of its name asks the shards as that user.
+        users: further users; for each a cluster of its name asks the shards as that user, and one whose name ends with
+            `_alone` consists of the last server only.
         route: gives the port through which a native port is reached by the others, such as a proxy's.
         more: further configuration, within `<clickhouse>`.
     """
@@ -101,7 +113,8 @@ def cluster(
     definitions += _cluster(AS_EXPORTER, routed, user=everyone[0])
     definitions += _cluster(ALONE, routed[:1], "<secret>of the cluster</secret>")
     definitions += _cluster(UNREACHABLE, [routed[0], 1], user=everyone[0])
-    definitions += "".join(_cluster(user.name, routed, user=user) for user in users)
+    for user in users:
+        definitions += _cluster(user.name, routed, user=user) + _cluster(f"{user.name}_alone", routed[-1:], user=user)
     config = f"<clickhouse><remote_servers>{definitions}</remote_servers>{more}</clickhouse>"
 
     def start(number: int) -> ClickHouseServer:
@@ -116,11 +129,12 @@ def cluster(
         )
 
     with ThreadPoolExecutor(count) as pool:
-        servers = tuple(pool.map(start, range(count)))
+        servers = list(pool.map(start, range(count)))
+    running = Cluster(dataclasses.replace(sandbox, clickhouse=servers[0]), servers, start)
     try:
-        yield Cluster(dataclasses.replace(sandbox, clickhouse=servers[0]), servers)
+        yield running
     finally:
-        for server in servers:
+        for server in running.servers:
             clickhouse_process.stop(server)
 
 

@@ -1,0 +1,176 @@
+"""Shards that shorten their answers, are killed, freeze, or are cut off in mid-answer: all rows land, or the run fails."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+
+import pytest
+
+from pg_exports import ClickHouseResource
+from pg_exports.errors import ExportError, PassingError
+from pg_exports.models import MODELS, Model, Selection
+from pg_exports.sandbox import Sandbox, source_tables
+from pg_exports.sandbox.clickhouse_config import ClickHouseUser
+from pg_exports_tests.clickhouse import servers, users
+from pg_exports_tests.clickhouse.servers import Cluster
+from pg_exports_tests.conftest import TEAM, Run, RunExport, Source, Target, partition_key
+from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed
+from pg_exports_tests.models.comparison import differences
+from pg_exports_tests.postgres.tcp_proxy import TcpProxy, tcp_proxy
+from pg_exports_tests.source_rows import HOUR, export_of
+
+PLAIN, LOCAL = "test_faults_plain", "test_faults_local"
+
+SHARD_USERS = tuple(user for user in users.SHORTENED if user.name != "a_twentieth_of_a_second")
+"""As whom shards are asked, in a cluster of the user's name each."""
+
+NO_TIME = ClickHouseUser(
+    "no_time",
+    users.PASSWORD,
+    users.SHORTENED[0].grants,
+    {"max_execution_time": 0.001, "timeout_overflow_mode": "break"},
+)
+
+
+@pytest.fixture(scope="module")
+def hour() -> datetime:
+    return datetime.fromisoformat("2026-11-20T10:00:00+00:00")
+
+
+@pytest.fixture(scope="module")
+def cluster(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("faults")
+    with servers.cluster(sandbox, folder, 2, users=(*SHARD_USERS, NO_TIME)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain(cluster: Cluster, hour: datetime) -> Source:
+    """`ROWS` events of one hour, in a table of the first server."""
+    source_tables.create_tables(cluster.sandbox.execute, PLAIN)
+    source = Source(cluster.sandbox, PLAIN)
+    fill(source, hour)
+    servers.distribute(cluster, PLAIN, LOCAL)
+    return source
+
+
+def over(cluster: Cluster, plain: Source, definition: str) -> Source:
+    database = f"test_over_{definition}"
+    servers.over(cluster, database, plain.database, LOCAL, definition)
+    return Source(cluster.sandbox, database)
+
+
+def events(clickhouse: ClickHouseResource, hour: datetime) -> list[tuple[object, ...]]:
+    model: Model = MODELS["events"]
+    query = model.query(Selection(TEAM, hour, hour + HOUR))
+    with clickhouse.frames(query, model, log_comment="tests") as frames:
+        return [row for frame in frames for row in frame.select("uuid", "distinct_id", "timestamp").rows()]
+
+
+# Profiles of a shard's user
+
+
+@pytest.mark.parametrize("shards", ["", "_alone"], ids=["two shards", "one remote shard"])
+@pytest.mark.parametrize("user", [*SHARD_USERS, NO_TIME], ids=lambda user: user.name)
+def test_no_profile_of_a_shards_user_shortens_an_answer_without_a_word(
+    cluster: Cluster, plain: Source, hour: datetime, user: ClickHouseUser, shards: str
+) -> None:
+    distributed = over(cluster, plain, user.name + shards)
+    on_the_shard = Source(dataclasses.replace(cluster.sandbox, clickhouse=cluster.servers[-1]), LOCAL)
+    expected = events((on_the_shard if shards else plain).resource(), hour)
+    try:
+        found = events(distributed.resource(), hour)
+    except (ExportError, PassingError) as error:
+        assert any(name in str(error) for name in user.settings if not name.endswith("_mode")), str(error)  # noqa: PT017
+    else:
+        assert differences(found, expected) == {}
+        assert len(found) > ROWS / 3
+
+
+# Shards that go
+
+SLOW = {
+    "max_threads": 1,
+    "max_block_size": 100,
+    "max_execution_speed": 2000,
+    "timeout_before_checking_execution_speed": 0,
+}
+"""Rows come over some seconds."""
+
+
+@pytest.fixture
+def shard_by_proxy(
+    sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory, hour: datetime
+) -> Iterator[tuple[Cluster, TcpProxy]]:
+    """A cluster in which the second server is reached through a proxy."""
+    with contextlib.ExitStack() as opened:
+        proxies: list[TcpProxy] = []
+
+        def route(port: int) -> int:
+            proxies.append(opened.enter_context(tcp_proxy(port)))
+            return proxies[-1].port
+
+        folder = tmp_path_factory.mktemp("proxied")
+        running = opened.enter_context(servers.cluster(sandbox, folder, 2, route=route))
+        source_tables.create_tables(running.sandbox.execute, PLAIN)
+        fill(Source(running.sandbox, PLAIN), hour)
+        servers.distribute(running, PLAIN, LOCAL)
+        servers.over(running, "test_over_whole", PLAIN, LOCAL)
+        yield running, proxies[1]
+
+
+def strike(cluster: Cluster, blow: Callable[[], None], started: Callable[[], Run]) -> Run:
+    """Run an export, and strike while the second shard answers it."""
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(started)
+        running = "SELECT count() FROM system.processes WHERE query LIKE '%AS suspect%' AND NOT is_initial_query"
+        with servers.administrator(cluster.servers[1]) as client:
+            eventually(lambda: client.command(running))
+        blow()
+        return ended.result()
+
+
+def test_a_shard_that_is_cut_off_in_mid_answer_fails_the_try_and_the_next_one_brings_each_row_once(
+    shard_by_proxy: tuple[Cluster, TcpProxy], target: Target, run: RunExport, hour: datetime
+) -> None:
+    cluster, proxy = shard_by_proxy
+    source = Source(cluster.sandbox, "test_over_whole").resource(settings=SLOW)
+    export = export_of("events", target, hour, start=hour - HOUR)
+    done = strike(cluster, proxy.cut, lambda: run(export, partition_key(hour), clickhouse=source))
+    assert done.error is None
+    assert done.tries > 1
+    assert landed(target) == EACH_ROW_ONCE
+
+
+def test_a_shard_that_freezes_is_a_passing_error_and_nothing_lands(
+    shard_by_proxy: tuple[Cluster, TcpProxy], target: Target, run: RunExport, hour: datetime
+) -> None:
+    cluster, _ = shard_by_proxy
+    source = Source(cluster.sandbox, "test_over_whole")
+    impatient = {"receive_timeout": 1, "connect_timeout_with_failover_ms": 500, "use_hedged_requests": 0}
+    with cluster.frozen(1), pytest.raises(PassingError, match=r"Code: (209|279|210|369|519|159)"):
+        events(source.resource(settings=impatient, read_timeout=20), hour)
+    assert len(events(source.resource(), hour)) == ROWS
+    assert run(
+        export_of("events", target, hour, start=hour - HOUR), partition_key(hour), clickhouse=source.resource()
+    ).counts == (ROWS, 0, 0)
+
+
+def test_a_shard_that_is_killed_in_mid_answer_fails_the_run_and_the_next_run_completes_the_interval(
+    shard_by_proxy: tuple[Cluster, TcpProxy], target: Target, run: RunExport, hour: datetime
+) -> None:
+    cluster, _ = shard_by_proxy
+    source = Source(cluster.sandbox, "test_over_whole")
+    export = export_of("events", target, hour, start=hour - HOUR)
+
+    def slowly() -> Run:
+        return run(export, partition_key(hour), clickhouse=source.resource(settings=SLOW))
+
+    failed = strike(cluster, lambda: cluster.kill(1), slowly)
+    assert failed.error is not None
+    assert landed(target) == NOTHING
+    cluster.start_again(1)
+    assert run(export, partition_key(hour), clickhouse=source.resource()).counts == (ROWS, 0, 0)
+    assert landed(target) == EACH_ROW_ONCE
