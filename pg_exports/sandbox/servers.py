@@ -165,12 +165,19 @@ def load(folder: Path) -> Sandbox | None:
         return None
     kept = json.loads(file.read_text())
     clickhouse = kept["clickhouse"] | {"folder": Path(kept["clickhouse"]["folder"])}
-    postgres = kept["postgres"]
+    # A sandbox that was started before they were kept runs the newest ones.
+    postgres = {"binaries": postgres_server.find_binaries()} | kept["postgres"]
     return Sandbox(
         folder,
         Certificates(**{name: Path(value) for name, value in kept["certificates"].items()}),
         ClickHouseServer(**clickhouse),
-        PostgresServer(postgres["host"], postgres["port"], Path(postgres["folder"]), Path(postgres["log"])),
+        PostgresServer(
+            postgres["host"],
+            postgres["port"],
+            Path(postgres["folder"]),
+            Path(postgres["log"]),
+            Path(postgres["binaries"]),
+        ),
         kept["source_password"],
         kept["password"],
         kept["instance_password"],
