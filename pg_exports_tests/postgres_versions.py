@@ -114,7 +114,8 @@ def install_server(package: str, client: Path) -> Path:
     sys.stdout.write(f"Installing {package} ...\n")
     sys.stdout.flush()
     with tempfile.TemporaryDirectory(dir=FOLDER) as scratch:
-        run(npm(), "pack", "--silent", "--pack-destination", scratch, package)
+        # Node trusts authorities of its own, unless it is told to trust the machine's as well.
+        run(npm(), "pack", "--loglevel", "error", "--pack-destination", scratch, package, NODE_USE_SYSTEM_CA="1")
         [archive] = Path(scratch).glob("*.tgz")
         with tarfile.open(archive) as packed:
             packed.extractall(scratch, filter="data")
@@ -163,9 +164,9 @@ def pip(*options: str) -> None:
     run(sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *options)
 
 
-def run(*command: str) -> None:
-    """Run a program, and stop with what it wrote if it fails."""
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(*command: str, **variables: str) -> None:
+    """Run a program with more variables in its environment, and stop with what it wrote if it fails."""
+    ran = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True, check=False)
     if ran.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{ran.stdout}{ran.stderr}")
 

@@ -16,7 +16,11 @@ from pathlib import Path
 VERSIONS = ("3.11", "3.12", "3.13")
 
 MODULES = (
-    "postgres",
+    "postgres/test_errors.py",
+    "postgres/test_ingest.py",
+    "postgres/test_session.py",
+    "postgres/test_tls.py",
+    "postgres/test_types.py",
     "test_backfill_command.py",
     "test_definitions.py",
     "test_metadata.py",
