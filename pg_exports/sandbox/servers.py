@@ -165,8 +165,7 @@ def load(folder: Path) -> Sandbox | None:
         return None
     kept = json.loads(file.read_text())
     clickhouse = kept["clickhouse"] | {"folder": Path(kept["clickhouse"]["folder"])}
-    # A sandbox that was started before they were kept runs the newest ones.
-    postgres = {"binaries": postgres_server.find_binaries()} | kept["postgres"]
+    postgres = kept["postgres"]
     return Sandbox(
         folder,
         Certificates(**{name: Path(value) for name, value in kept["certificates"].items()}),

@@ -1,7 +1,5 @@
 """The sandbox's Postgres: any number at once, never as root, gone when stopped, with a role that may do little."""
 
-import dataclasses
-import json
 import os
 import re
 import socket
@@ -184,12 +182,3 @@ def test_what_is_kept_of_a_sandbox_can_be_read_by_its_owner_alone(sandbox: Sandb
     assert (sandbox.folder / "sandbox.json").stat().st_mode & 0o077 == 0
     assert servers.load(sandbox.folder) == sandbox
     assert sandbox.password not in sandbox.folder.name
-
-
-def test_a_sandbox_that_was_started_before_the_programs_were_kept_is_loaded_with_those_found(
-    sandbox: Sandbox, tmp_path: Path
-) -> None:
-    kept = json.loads((sandbox.folder / "sandbox.json").read_text())
-    del kept["postgres"]["binaries"]
-    (tmp_path / "sandbox.json").write_text(json.dumps(kept))
-    assert servers.load(tmp_path) == dataclasses.replace(sandbox, folder=tmp_path)
