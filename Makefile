@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo dev check backfill test soak bench cluster lint screenshots docs clean sandbox postgresql pgbouncer chromium redis
+.PHONY: help demo dev check backfill test pythons soak bench cluster lint screenshots docs clean sandbox postgresql pgbouncer chromium redis
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 13
@@ -30,9 +30,19 @@ backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2
 	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO)
 
 # Three processes, each with servers of its own: they keep two cores busy throughout. ALL=1, as in CI, adds the slow ones:
-# of the bench, the package in another project, and a pod's run.
-test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every check and test (ALL=1: the slow ones, too)
+# of the bench, the package in another project, and a pod's run; and those that depend on the version of PostgreSQL or
+# Python, with each version. POSTGRES=17 runs the former with that version alone.
+test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every check and test (ALL=1: the slow ones, too; POSTGRES=17)
+ifdef POSTGRES
+	@$(BIN)/python -m pg_exports_tests.postgres_versions $(POSTGRES)
+else
 	@$(BIN)/python -m pytest $(if $(ALL),,-m 'not slow') --numprocesses 3 --dist loadscope --no-loadscope-reorder
+	@$(if $(ALL),$(BIN)/python -m pg_exports_tests.postgres_versions)
+	@$(if $(ALL),$(BIN)/python -m pg_exports_tests.python_versions)
+endif
+
+pythons: .venv/installed postgresql ## The demo and a short suite with Python 3.11 to 3.13, those that are here (PYTHONS=3.13)
+	@$(BIN)/python -m pg_exports_tests.python_versions $(or $(PYTHONS),3.11 3.12 3.13)
 
 soak: postgresql ## Random faults at random moments (SEED=123 ROUNDS=60)
 	@$(BIN)/python -m pg_exports_tests.soak $(if $(SEED),--seed $(SEED)) $(if $(ROUNDS),--rounds $(ROUNDS))

@@ -40,7 +40,7 @@ class Page:
 
     def execute(self, sql: str) -> None:
         script = sql.replace("posthog.", f"{self._target.schema}.").replace("'posthog'", f"'{self._target.schema}'")
-        psql = postgres_server.find_binaries() / "psql"
+        psql = self._target.sandbox.postgres.binaries / "psql"
         uri = self._target.sandbox.postgres.admin_uri_of(DATABASE)
         command = [str(psql), "-X", "-q", "-v", "ON_ERROR_STOP=1", "-d", uri, "-f", "-"]
         ran = subprocess.run(command, input=script, capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ into the tables is none of this module's business.
 """
 
 import contextlib
+import getpass
 import glob
 import os
 import pwd
@@ -27,6 +28,9 @@ from pg_exports.sandbox.certificates import HOST, Certificates
 
 SUPERUSER = "sandbox_admin"
 
+CHOSEN = "PG_EXPORTS_POSTGRES"
+"""The environment variable that names the folder with initdb and pg_ctl of another PostgreSQL than the newest one."""
+
 START_TIMEOUT = 60.0
 """Seconds for a server to answer its first connection."""
 
@@ -37,12 +41,15 @@ class PostgresSandboxError(RuntimeError):
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A running cluster: where it listens and where its files are. The admin's socket is in `folder`."""
+    """A running cluster: where it listens, where its files are, and the folder of the programs that it was started with.
+    The admin's socket is in `folder`.
+    """
 
     host: str
     port: int
     folder: Path
     log: Path
+    binaries: Path
 
     def admin_uri_of(self, database: str) -> str:
         """Connection string of the superuser, over the Unix socket in the cluster's private folder."""
@@ -86,7 +93,7 @@ def start(certificates: Certificates | None, *, settings: dict[str, str] | None 
     """
     binaries = find_binaries()
     owner = _owner()
-    with _new_folder(owner) as folder:
+    with _new_folder(binaries, owner) as folder:
         data = folder / "data"
         initdb: list[str | Path] = [binaries / "initdb", "-D", data, "-U", SUPERUSER, "--auth=trust", "--no-sync"]
         _run([*initdb, "-E", "UTF8", "--locale=C"], owner)
@@ -103,10 +110,10 @@ def start_standby(primary: PostgresServer, certificates: Certificates | None) ->
     Raises:
         PostgresSandboxError: it cannot be copied, or the standby did not come up.
     """
-    binaries = find_binaries()
+    binaries = primary.binaries
     owner = _owner()
     follow = f"host={primary.folder} port={primary.port} user={SUPERUSER}"
-    with _new_folder(owner) as folder:
+    with _new_folder(binaries, owner) as folder:
         copy: list[str | Path] = [
             binaries / "pg_basebackup",
             "-d",
@@ -121,7 +128,7 @@ def start_standby(primary: PostgresServer, certificates: Certificates | None) ->
 
 
 @contextlib.contextmanager
-def _new_folder(owner: pwd.struct_passwd | None) -> Iterator[Path]:
+def _new_folder(binaries: Path, owner: pwd.struct_passwd | None) -> Iterator[Path]:
     """A private folder of the server's user for a cluster; where the block fails, cluster and folder are gone."""
     # A TMPDIR of root's own may be closed to the server's user.
     folder = Path(tempfile.mkdtemp(prefix="pg_exports_postgres_", dir="/tmp" if owner else None))  # noqa: S108
@@ -130,7 +137,7 @@ def _new_folder(owner: pwd.struct_passwd | None) -> Iterator[Path]:
             os.chown(folder, owner.pw_uid, owner.pw_gid)
         yield folder
     except BaseException:
-        stop(PostgresServer(HOST, 0, folder, folder / "server.log"))
+        stop(PostgresServer(HOST, 0, folder, folder / "server.log", binaries))
         raise
 
 
@@ -151,7 +158,7 @@ def _start(
             check=False,
         )
         if process.returncode == 0:
-            return PostgresServer(HOST, port, folder, log)
+            return PostgresServer(HOST, port, folder, log, binaries)
         if "could not create any TCP/IP sockets" not in _tail(log):
             break
     raise PostgresSandboxError(f"PostgreSQL did not start in {folder}:\n{_tail(log)}{process.stderr}")
@@ -168,7 +175,7 @@ def restart(server: PostgresServer, mode: Literal["fast", "immediate"] = "fast")
     Raises:
         PostgresSandboxError: it did not come up again.
     """
-    stop_and_start: list[str | Path] = [find_binaries() / "pg_ctl", "restart", "-D", server.folder / "data", "-m", mode]
+    stop_and_start: list[str | Path] = [server.binaries / "pg_ctl", "restart", "-D", server.folder / "data", "-m", mode]
     _run([*stop_and_start, "-l", server.log, "-w", "-t", str(int(START_TIMEOUT)), "-s"], _owner())
 
 
@@ -176,7 +183,7 @@ def stop(server: PostgresServer) -> None:
     """Stop a cluster at once and delete its files."""
     data = server.folder / "data"
     if (data / "postmaster.pid").exists():
-        _run([find_binaries() / "pg_ctl", "stop", "-D", data, "-m", "immediate", "-s"], _owner(), check=False)
+        _run([server.binaries / "pg_ctl", "stop", "-D", data, "-m", "immediate", "-s"], _owner(), check=False)
     shutil.rmtree(server.folder, ignore_errors=True)
 
 
@@ -190,11 +197,19 @@ def is_running(server: PostgresServer) -> bool:
 
 
 def find_binaries() -> Path:
-    """The folder with initdb and pg_ctl: the newest under the usual folders of Debian, Red Hat and Homebrew, or PATH's.
+    """The folder with initdb and pg_ctl: the one that `PG_EXPORTS_POSTGRES` names; if it is not set, the newest under
+    the usual folders of Debian, Red Hat and Homebrew, or PATH's.
 
     Raises:
         PostgresSandboxError: there is none.
     """
+    chosen = os.environ.get(CHOSEN)
+    if chosen:
+        if not _has_programs(Path(chosen)):
+            raise PostgresSandboxError(
+                f"{CHOSEN} is {chosen}, a folder without PostgreSQL's programs initdb and pg_ctl."
+            )
+        return Path(chosen).absolute()
     patterns = (
         "/usr/lib/postgresql/*/bin",
         "/usr/pgsql-*/bin",
@@ -202,7 +217,7 @@ def find_binaries() -> Path:
         "/usr/local/opt/postgresql@*/bin",
     )
     folders = [Path(folder) for pattern in patterns for folder in glob.glob(pattern)]
-    folders = [folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()]
+    folders = [folder for folder in folders if _has_programs(folder)]
     if folders:
         return max(folders, key=_version_of)
     on_path = shutil.which("initdb")
@@ -296,18 +311,24 @@ def _run(
 ) -> subprocess.CompletedProcess[str]:
     """Run one of PostgreSQL's programs as `owner`; its output goes to a file, as the server would hold a pipe open."""
     with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.run(
-            [str(part) for part in command],
-            cwd="/",
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            user=owner.pw_uid if owner else None,
-            group=owner.pw_gid if owner else None,
-            extra_groups=[] if owner else None,
-            start_new_session=True,
-            check=False,
-        )
+        try:
+            process = subprocess.run(
+                [str(part) for part in command],
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                user=owner.pw_uid if owner else None,
+                group=owner.pw_gid if owner else None,
+                extra_groups=[] if owner else None,
+                start_new_session=True,
+                check=False,
+            )
+        except PermissionError:
+            raise PostgresSandboxError(
+                f"{command[0]} cannot be run by the user `{owner.pw_name if owner else getpass.getuser()}`. "
+                "Open this folder and those above it to all users: chmod o+rx"
+            ) from None
         output.seek(0)
         said = output.read()
     if check and process.returncode:
@@ -323,6 +344,10 @@ def _free_port() -> int:
 
 def _tail(log: Path) -> str:
     return "".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:]) if log.exists() else ""
+
+
+def _has_programs(folder: Path) -> bool:
+    return (folder / "initdb").exists() and (folder / "pg_ctl").exists()
 
 
 def _version_of(folder: Path) -> tuple[int, ...]:

@@ -1,7 +1,9 @@
 """The sandbox's Postgres: any number at once, never as root, gone when stopped, with a role that may do little."""
 
+import os
 import re
 import socket
+import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,6 +42,45 @@ def test_a_server_that_does_not_start_says_why_and_leaves_no_files() -> None:
         postgres_server.start(None, settings={"no_such_setting": "1"})
     [folder] = re.findall(r"did not start in (\S+):", str(failed.value))
     assert not Path(folder).exists()
+
+
+def test_the_sandbox_runs_the_programs_that_were_found(sandbox: Sandbox) -> None:
+    assert sandbox.postgres.binaries == postgres_server.find_binaries()
+    [(version,)] = sandbox.postgres.rows("SHOW server_version")
+    program = sandbox.postgres.binaries / "postgres"
+    answer = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout
+    assert answer.removeprefix("postgres (PostgreSQL) ").strip() == version
+
+
+def test_a_server_is_restarted_copied_and_stopped_by_the_programs_that_started_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    binaries = postgres_server.find_binaries()
+    monkeypatch.setenv(postgres_server.CHOSEN, str(binaries))
+    server = postgres_server.start(None)
+    try:
+        assert server.binaries == binaries
+        monkeypatch.setenv(postgres_server.CHOSEN, str(tmp_path))
+        with pytest.raises(PostgresSandboxError, match=f"{tmp_path}, a folder without PostgreSQL's programs"):
+            postgres_server.start(None)
+        postgres_server.restart(server)
+        standby = postgres_server.start_standby(server, None)
+        postgres_server.stop(standby)
+        assert standby.binaries == binaries
+        assert not postgres_server.is_running(standby)
+    finally:
+        postgres_server.stop(server)
+    assert not postgres_server.is_running(server)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's server runs as another user")
+def test_programs_that_the_servers_user_may_not_run_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    folder = tmp_path / "bin"
+    folder.symlink_to(postgres_server.find_binaries())
+    monkeypatch.setenv(postgres_server.CHOSEN, str(folder))
+    with pytest.raises(PostgresSandboxError, match=f"{folder}/initdb cannot be run by the user `postgres`"):
+        postgres_server.start(None)
 
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
