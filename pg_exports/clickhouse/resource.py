@@ -193,8 +193,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         Raises:
             SourceError: a shard does.
         """
-        [row] = client.query(query_settings.discovery()).result_rows
-        server = query_settings.discovered(*row)
+        server = self._settings_of_server(client)
         for table in server.distributed:
             settings = query_settings.of_query(self.settings, server, "")
             sql = f"{query_settings.shards_query(table).strip()}\n{query_settings.clause(settings)}"
@@ -210,6 +209,21 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
                 raise errors.shortened_by_a_shard(table, self.address)
         self._server_settings = server
         return server
+
+    def _settings_of_server(self, client: QuietClient) -> ServerSettings:
+        # An older server does not know the settings of later versions, and under one of them there may be no answer.
+        problem: Exception = SourceError(
+            f"A setting of the ClickHouse user {self.user} filters every answer: `filter`."
+        )
+        for of_later_versions in (False, True):
+            try:
+                rows = client.query(query_settings.discovery(of_later_versions=of_later_versions)).result_rows
+            except Error as error:
+                problem = error if not of_later_versions else problem
+            else:
+                if rows:
+                    return query_settings.discovered(*rows[0])
+        raise problem
 
     def _check_address(self) -> None:
         # A value that is no host may be a whole URL with a password in it: it is not shown.

@@ -29,9 +29,104 @@ WHOLE: Mapping[str, Value] = {
     "use_query_cache": 0,
     "additional_result_filter": "",
     "additional_table_filters": {},
-    "output_format_arrow_string_as_string": 1,
 }
 """With other values a server ends a shortened answer like a whole one, or has rows twice."""
+
+LATER: Mapping[str, Value] = {"filter": ""}
+"""Of the same kind, in later versions than the oldest that is supported."""
+
+ROWS: Mapping[str, Value] = {
+    "final": 0,
+    "do_not_merge_across_partitions_select_final": 0,
+    "apply_deleted_mask": 1,
+    "apply_patch_parts": 1,
+    "apply_mutations_on_fly": 0,
+}
+"""Which of a table's stored rows count."""
+
+MEANING: Mapping[str, Value] = {
+    "compatibility": "",
+    "session_timezone": "",
+    "join_use_nulls": 0,
+    "join_default_strictness": "ALL",
+    "any_join_distinct_right_table_keys": 0,
+    "join_any_take_last_row": 0,
+    "single_join_prefer_left_table": 1,
+    "transform_null_in": 0,
+    "group_by_use_nulls": 0,
+    "force_grouping_standard_compatibility": 1,
+    "aggregate_functions_null_for_empty": 0,
+    "empty_result_for_aggregation_by_empty_set": 0,
+    "count_distinct_implementation": "uniqExact",
+    "union_default_mode": "",
+    "intersect_default_mode": "ALL",
+    "except_default_mode": "ALL",
+    "prefer_column_name_to_alias": 0,
+    "enable_positional_arguments": 1,
+    "enable_global_with_statement": 1,
+    "asterisk_include_alias_columns": 0,
+    "asterisk_include_materialized_columns": 0,
+    "asterisk_include_virtual_columns": 0,
+    "enable_named_columns_in_function_tuple": 0,
+    "legacy_column_name_of_tuple_literal": 0,
+    "least_greatest_legacy_null_behavior": 0,
+    "cast_keep_nullable": 0,
+    "cast_ipv4_ipv6_default_on_conversion_error": 0,
+    "decimal_check_overflow": 1,
+    "function_json_value_return_type_allow_complex": 0,
+    "function_json_value_return_type_allow_nullable": 0,
+    "splitby_max_substrings_includes_remaining_string": 0,
+    "enable_extended_results_for_datetime_functions": 0,
+    "use_legacy_to_time": 0,
+    "date_time_overflow_behavior": "ignore",
+    "geotoh3_argument_order": "lat_lon",
+    "h3togeo_lon_lat_result_order": 0,
+}
+"""What the words of a query mean."""
+
+TEXTS: Mapping[str, Value] = {
+    "date_time_input_format": "best_effort",
+    "cast_string_to_date_time_mode": "best_effort",
+    "cast_string_to_dynamic_use_inference": 0,
+    "cast_string_to_variant_use_inference": 1,
+    "precise_float_parsing": 1,
+    "parsedatetime_parse_without_leading_zeros": 1,
+    "parsedatetime_e_requires_space_padding": 0,
+    "date_time_output_format": "simple",
+    "date_time_64_output_format_cut_trailing_zeros_align_to_groups_of_thousands": 0,
+    "interval_output_format": "numeric",
+    "bool_true_representation": "true",
+    "bool_false_representation": "false",
+    "formatdatetime_e_with_space_padding": 0,
+    "formatdatetime_f_prints_scale_number_of_digits": 0,
+    "formatdatetime_f_prints_single_zero": 0,
+    "formatdatetime_format_without_leading_zeros": 0,
+    "formatdatetime_parsedatetime_m_is_month_name": 1,
+    "output_format_always_write_decimal_point_in_float_and_decimal": 0,
+    "output_format_decimal_trailing_zeros": 0,
+    "output_format_float_precision": 0,
+    "output_format_values_escape_quote_with_quote": 0,
+    "json_type_escape_dots_in_keys": 0,
+    "output_format_json_escape_forward_slashes": 1,
+    "output_format_json_map_as_array_of_tuples": 0,
+    "output_format_json_named_tuples_as_objects": 1,
+    "output_format_json_quote_64bit_floats": 0,
+    "output_format_json_quote_64bit_integers": 0,
+    "output_format_json_quote_decimals": 0,
+    "output_format_json_quote_denormals": 0,
+    "output_format_json_skip_null_value_in_named_tuples": 0,
+    "output_format_json_validate_utf8": 0,
+}
+"""How values become texts and JSON, and texts become values. Identities of own models are made of texts."""
+
+WIRE: Mapping[str, Value] = {
+    "output_format_arrow_string_as_string": 1,
+    "output_format_arrow_fixed_string_as_fixed_byte_array": 1,
+    "output_format_arrow_low_cardinality_as_dictionary": 0,
+    "output_format_arrow_date_as_uint16": 0,
+    "output_format_arrow_unsupported_types_as_binary": 1,
+}
+"""In which types an answer travels."""
 
 HTTP: Mapping[str, str] = {
     # As long as a query works, each of these headers would be a byte that is read, and no read would time out.
@@ -56,7 +151,7 @@ OF_CLUSTERS: Mapping[str, Value] = {
 """Settings for Distributed tables under which answers are right however the rows lie. A connection's `settings` win over
 them, as who knows the cluster may know better."""
 
-PINNED: Mapping[str, Value] = {**WHOLE}
+PINNED: Mapping[str, Value] = {**WHOLE, **LATER, **ROWS, **MEANING, **TEXTS, **WIRE}
 """What nothing wins over."""
 
 
@@ -113,14 +208,17 @@ WHERE isNotNull(counted)
 """
 
 
-def discovery() -> str:
-    """The query for `ServerSettings`: one row with three arrays. It has no setting that a supported server does not know."""
-    return f"{_QUERY.strip()}\n{clause(WHOLE)}"
+def discovery(*, of_later_versions: bool = False) -> str:
+    """The query for `ServerSettings`: one row with three arrays. A supported server knows its settings, but for those of later
+    versions.
+    """
+    settings = {**WHOLE, **LATER} if of_later_versions else WHOLE
+    return f"{_QUERY.strip()}\n{clause(settings)}"
 
 
 def discovered(names: Sequence[str], changed: Sequence[tuple[str, str]], distributed: Sequence[str]) -> ServerSettings:
     """The answer to `discovery`."""
-    ours = {*WHOLE, *HTTP}
+    ours = {*PINNED, *HTTP}
     by_others = {name: value for name, value in changed if name not in ours}
     return ServerSettings(frozenset(names), by_others, tuple(distributed))
 
