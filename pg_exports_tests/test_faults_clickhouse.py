@@ -2,16 +2,24 @@
 and the interval is completed by the same run where the fault passes, by the next one where it lasts.
 """
 
+import dataclasses
 import itertools
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from pg_exports import ClickHouseResource
 from pg_exports.postgres import ingest
+from pg_exports.sandbox import Sandbox, clickhouse_process, source_tables
+from pg_exports.sandbox.clickhouse_config import ClickHouseUser, export_grants
+from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.clickhouse.faulty_proxy import End, Spoil, faulty_proxy, first_messages, half_a_message
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
-from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, fill, landed
+from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed
 from pg_exports_tests.source_rows import export_of
 
 FAULTS = [
@@ -90,3 +98,51 @@ def test_an_exception_of_clickhouses_is_named_and_the_next_run_completes_the_int
     source.execute("RENAME TABLE all_events TO events")
     assert run(export, partition_key(hour)).counts == (ROWS, 0, 0)
     assert landed(target) == EACH_ROW_ONCE
+
+
+SLOW = {
+    "max_threads": 1,
+    "max_block_size": 100,
+    "max_execution_speed": 2000,
+    "timeout_before_checking_execution_speed": 0,
+}
+"""Rows come over some seconds."""
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["TLS", "plain"])
+def test_a_server_that_is_killed_in_mid_answer_fails_the_run_and_the_next_one_after_its_restart_completes_the_interval(
+    sandbox: Sandbox, target: Target, run: RunExport, hour: datetime, tmp_path: Path, secure: bool
+) -> None:
+    def start() -> Source:
+        server = clickhouse_process.start(
+            tmp_path / "clickhouse",
+            password=sandbox.clickhouse.password,
+            users=[ClickHouseUser(ROLE, sandbox.source_password, export_grants("test_*"))],
+            certificate=sandbox.certificates.certificate,
+            key=sandbox.certificates.key,
+        )
+        return Source(dataclasses.replace(sandbox, clickhouse=server), "test_killed")
+
+    source = start()
+    wire = {} if secure else {"port": source.sandbox.clickhouse.http_port, "secure": False, "ca_certificate": None}
+    try:
+        source_tables.create_tables(source.sandbox.execute, source.database)
+        fill(source, hour)
+        export = export_of("events", target, hour)
+        with ThreadPoolExecutor(1) as pool:
+            slow = source.resource(settings=SLOW, **wire)
+            running = pool.submit(run, export, partition_key(hour), clickhouse=slow)
+            reads = "SELECT count() FROM system.processes WHERE query LIKE '%suspect%' AND read_rows > 0 AND user = 'exporter'"
+            eventually(lambda: source.rows(reads)[0][0])
+            os.kill(source.sandbox.clickhouse.pid, signal.SIGKILL)
+            failed = running.result()
+        assert failed.error is not None
+        assert failed.tries == 6
+        assert "does not answer" in failed.error
+        assert landed(target) == NOTHING
+        clickhouse_process.stop(source.sandbox.clickhouse)
+        source = start()
+        assert run(export, partition_key(hour), clickhouse=source.resource()).counts == (ROWS, 0, 0)
+        assert landed(target) == EACH_ROW_ONCE
+    finally:
+        clickhouse_process.stop(source.sandbox.clickhouse)

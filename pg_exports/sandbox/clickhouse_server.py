@@ -46,7 +46,7 @@ def main() -> None:
     os.environ["TZ"] = "UTC"
     time.tzset()
     stops = {signal.SIGTERM, signal.SIGINT}
-    # Blocked in the engine's threads, too, which inherit the mask: only `sigtimedwait` gets them.
+    # Blocked in the engine's threads, too, which inherit the mask: only `sigwait` gets them.
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     engine = _Engine(folder)
     alive = engine.start()
@@ -57,8 +57,7 @@ def main() -> None:
     https_port = _serve_https(http_port, certificate, key) if certificate else None
     listening = {"pid": os.getpid(), "http_port": http_port, "https_port": https_port, "tcp_port": tcp_port or None}
     _write_atomically(ready, json.dumps(listening))
-    while not engine.has_ended and signal.sigtimedwait(stops, 0.5) is None:
-        pass
+    signal.sigwait(stops)
     os.close(alive)
     _cut_connections({http_port, tcp_port})
     engine.join(STOP_SECONDS)
@@ -97,11 +96,6 @@ class _Engine:
         self.errors = self.errors or [f"ClickHouse did not open its ports within {START_SECONDS:.0f} s."]
         return None
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the engine has shut down."""
-        return self._ended.is_set()
-
     def join(self, seconds: float) -> None:
         """Wait until it has shut down."""
         self._thread.join(seconds)
@@ -114,6 +108,8 @@ class _Engine:
         except Exception as error:  # noqa: BLE001 - whatever it is, the process ends with it
             self.errors.append(str(error))
         self._ended.set()
+        # To that thread, as one of the engine's would take a signal to the process, and end it without a word.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def _cut_connections(ports: set[int]) -> None:

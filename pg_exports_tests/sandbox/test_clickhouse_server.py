@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -145,6 +146,19 @@ def test_a_server_stops_at_once_with_connections_open_and_keeps_its_tables(tmp_p
     clickhouse_process.stop(again)
 
 
+def test_a_server_that_was_frozen_goes_on(tmp_path: Path) -> None:
+    server = clickhouse_process.start(tmp_path / "server", password="secret")
+    try:
+        os.kill(server.pid, signal.SIGSTOP)
+        time.sleep(1)
+        os.kill(server.pid, signal.SIGCONT)
+        time.sleep(0.5)
+        with plain_client(server) as client:
+            assert client.command("SELECT 1") == 1
+    finally:
+        clickhouse_process.stop(server)
+
+
 def test_several_servers_run_at_once_and_two_on_one_folder_do_not(tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         servers = list(pool.map(lambda n: clickhouse_process.start(tmp_path / str(n), password="secret"), range(2)))
@@ -192,7 +206,7 @@ def test_the_exporter_has_the_readmes_grants_and_no_others(sandbox: Sandbox, sou
             f"INSERT INTO {source.database}.events (team_id) VALUES (1)",
             f"DROP TABLE {source.database}.events",
             "CREATE TABLE default.made (id UInt8) ENGINE = Memory",
-            "SELECT * FROM system.query_log",
+            "SELECT * FROM system.dictionaries",
             "SELECT * FROM url('http://localhost/', CSV)",
         ):
             with pytest.raises(DatabaseError, match="ACCESS_DENIED"):
