@@ -96,7 +96,7 @@ def circumstances(sandbox: Sandbox, day: date) -> str:
     [(postgres,)] = sandbox.postgres.rows("SELECT split_part(current_setting('server_version'), ' ', 1)")
     programs: Mapping[str, object] = {
         "PostgreSQL": postgres,
-        "ClickHouse's engine": f"{clickhouse} (chDB {version('chdb')})",
+        "ClickHouse": clickhouse,
         "Python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
     }
