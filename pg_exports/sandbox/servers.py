@@ -102,6 +102,8 @@ class Sandbox:
     @property
     def is_running(self) -> bool:
         """Whether both servers answer."""
+        if not self.source_password:
+            return False
         with contextlib.suppress(Exception), self.clickhouse_client() as client:
             return bool(client.ping()) and postgres_server.is_running(self.postgres)
         return False
@@ -164,8 +166,9 @@ def load(folder: Path) -> Sandbox | None:
     if not file.exists():
         return None
     kept = json.loads(file.read_text())
-    clickhouse = kept["clickhouse"] | {"folder": Path(kept["clickhouse"]["folder"])}
-    postgres = kept["postgres"]
+    # Earlier versions kept less. Such a sandbox can be stopped, and counts as not running.
+    clickhouse = {"tcp_port": None} | kept["clickhouse"] | {"folder": Path(kept["clickhouse"]["folder"])}
+    postgres = {"binaries": postgres_server.find_binaries()} | kept["postgres"]
     return Sandbox(
         folder,
         Certificates(**{name: Path(value) for name, value in kept["certificates"].items()}),
@@ -177,7 +180,7 @@ def load(folder: Path) -> Sandbox | None:
             Path(postgres["log"]),
             Path(postgres["binaries"]),
         ),
-        kept["source_password"],
+        kept.get("source_password", ""),
         kept["password"],
         kept["instance_password"],
     )

@@ -1,5 +1,6 @@
 """The sandbox's Postgres: any number at once, never as root, gone when stopped, with a role that may do little."""
 
+import json
 import os
 import re
 import socket
@@ -176,6 +177,19 @@ def test_a_certificate_is_for_localhost_alone_and_its_key_is_private(tmp_path: P
     assert issued.key.stat().st_mode & 0o077 == 0
     assert "PRIVATE KEY" not in issued.certificate.read_text() + issued.authority.read_text()
     assert certificates.issue(tmp_path / "another").authority.read_text() != issued.authority.read_text()
+
+
+def test_a_sandbox_that_an_earlier_version_started_is_read_and_counts_as_not_running(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    kept = json.loads((sandbox.folder / "sandbox.json").read_text())
+    del kept["source_password"], kept["clickhouse"]["tcp_port"], kept["postgres"]["binaries"]
+    (tmp_path / "sandbox.json").write_text(json.dumps(kept))
+    earlier = servers.load(tmp_path)
+    assert earlier is not None
+    assert earlier.clickhouse.pid == sandbox.clickhouse.pid
+    assert not earlier.is_running
+    assert sandbox.is_running
 
 
 def test_what_is_kept_of_a_sandbox_can_be_read_by_its_owner_alone(sandbox: Sandbox) -> None:
