@@ -252,14 +252,13 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
     def _explained(self, body: Body | None = None) -> Iterator[None]:
         """Raise what goes wrong in the block as an error that a person can read. `body`: the answer that it reads."""
         began = time.monotonic()
-        changed = self._server_settings.changed if self._server_settings else {}
         try:
             yield
         except Error as error:
-            explained = errors.explained(error, self.address, changed)
+            explained = errors.explained(error, self.address, self._changed)
         except arrow.TruncatedStreamError as error:
             if error.text:
-                explained = errors.refused(error.text, error.code, self.address, changed)
+                explained = errors.refused(error.text, error.code, self.address, self._changed)
             else:
                 explained = PassingError(
                     f"The answer of ClickHouse at {self.address} broke off before its end.{_why(body)}"
@@ -271,6 +270,11 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         if errors.may_be_a_shutdown(explained) and self._has_restarted(time.monotonic() - began):
             raise PassingError(f"ClickHouse at {self.address} cancelled the query, as it shut down.") from None
         raise explained from None
+
+    @property
+    def _changed(self) -> Mapping[str, str]:
+        """The settings of the user's profile, as far as they are known."""
+        return self._server_settings.changed if self._server_settings else {}
 
     def _has_restarted(self, seconds: float) -> bool:
         """Whether the server does not answer, or has been up for less than so many seconds."""

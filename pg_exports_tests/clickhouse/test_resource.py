@@ -448,6 +448,16 @@ def test_the_query_log_names_run_export_and_partition(
     assert threads == "1"
 
 
+def test_a_connection_asks_for_the_servers_settings_once_and_for_nothing_else(
+    sandbox: Sandbox, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "urllib3.connectionpool")
+    clickhouse = https(sandbox)
+    for _ in range(3):
+        assert clickhouse.rows(Query("SELECT 1", {}), log_comment="tests") == [(1,)]
+    assert len([record for record in caplog.messages if '"POST /' in record]) == 4
+
+
 def test_a_query_goes_out_with_the_id_that_it_is_given(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("DEBUG", "urllib3.connectionpool")
     query = Query("SELECT number, 'a' AS word FROM numbers({rows:UInt8})", {"rows": 2})

@@ -122,6 +122,9 @@ OWN = OwnModel(
 UNDECIDED: Mapping[str, str] = {}
 """Settings that this sweep cannot decide about, with the reason."""
 
+SLOW = {"ast_fuzzer_runs", "max_local_read_bandwidth", "merge_tree_storage_snapshot_sleep_ms"}
+"""What slows a query down by its value: 1,000 of it takes minutes."""
+
 NUMERIC = re.compile(r"U?Int|NonZero|Float|Double|Seconds|Milliseconds|MaxThreads")
 
 
@@ -131,7 +134,8 @@ def values(name: str, type_: str, default: str) -> list[str]:
         return ["0" if default in ("1", "true") else "1"]
     if not NUMERIC.match(type_):
         return []
-    numbers = ("0", "1", "2") if re.search("thread|stream|connections|pool|parallel", name) else ("0", "1", "1000")
+    few = name in SLOW or re.search("thread|stream|connections|pool|parallel", name)
+    numbers = ("0", "1", "2") if few else ("0", "1", "1000")
     return [number for number in numbers if number != default]
 
 

@@ -15,7 +15,7 @@ from pg_exports.models import MODELS, Query, Selection
 from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.clickhouse import users
-from pg_exports_tests.clickhouse.test_resource import insert_events
+from pg_exports_tests.clickhouse.test_resource import NUMBERS, insert_events
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, eventually, fill, landed
 from pg_exports_tests.source_rows import HOUR, export_of, insert_sessions, new_session, session
@@ -126,8 +126,15 @@ def test_a_lacking_grant_is_named_as_the_statement_that_gives_it(
 # Queries that end early
 
 
+def wire(source: Source, secure: bool) -> dict[str, object]:
+    """What a connection needs for plain HTTP, or for HTTPS, which it has anyhow."""
+    port = source.sandbox.clickhouse.http_port
+    return {} if secure else {"secure": False, "port": port, "ca_certificate": None}
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["TLS", "plain"])
 def test_a_query_that_an_administrator_killed_is_not_started_again_and_the_next_run_completes_the_interval(
-    source: Source, target: Target, run: RunExport, hour: datetime
+    source: Source, target: Target, run: RunExport, hour: datetime, secure: bool
 ) -> None:
     fill(source, hour)
     name = f"killed_{uuid.uuid4().hex}"
@@ -142,7 +149,7 @@ def test_a_query_that_an_administrator_killed_is_not_started_again_and_the_next_
     tries: list[int] = []
 
     def fail() -> None:
-        done = run(export, partition_key(hour), clickhouse=source.resource(settings=slow))
+        done = run(export, partition_key(hour), clickhouse=source.resource(settings=slow, **wire(source, secure)))
         failed.append(done.error)
         tries.append(done.tries)
 
@@ -183,10 +190,19 @@ def test_a_limit_of_memory_is_a_passing_error_that_names_it(source: Source) -> N
         clickhouse.rows(Query(sql, {}), log_comment="tests")
 
 
-@pytest.mark.parametrize("secure", [True, False])
+@pytest.mark.parametrize("secure", [True, False], ids=["TLS", "plain"])
+def test_a_limit_of_memory_in_mid_answer_is_a_passing_error_that_names_it(source: Source, secure: bool) -> None:
+    clickhouse = as_user(source, users.LITTLE_MEMORY, settings={"max_block_size": 1000}, **wire(source, secure))
+    sql = "SELECT number, repeat('x', if(number < 500000, 10, 1000000)) AS word FROM numbers(501000)"
+    with clickhouse.frames(Query(sql, {}), NUMBERS, log_comment="tests") as frames:
+        assert next(frames).height > 0
+        with pytest.raises(PassingError, match=r"(?s)MEMORY_LIMIT_EXCEEDED.*`max_memory_usage`"):
+            list(frames)
+
+
+@pytest.mark.parametrize("secure", [True, False], ids=["TLS", "plain"])
 def test_a_limit_of_time_in_mid_answer_is_an_error_that_names_it(source: Source, hour: datetime, secure: bool) -> None:
-    wire = {} if secure else {"secure": False, "port": source.sandbox.clickhouse.http_port, "ca_certificate": None}
-    clickhouse = as_user(source, users.LITTLE_TIME, settings={"max_block_size": 10}, **wire)
+    clickhouse = as_user(source, users.LITTLE_TIME, settings={"max_block_size": 10}, **wire(source, secure))
     insert_events(source, hour, 1000)
     model = MODELS["events"]
     query = Query(
