@@ -46,8 +46,6 @@ PASSING_CODES = frozenset(
 CANCELLED = 394
 """QUERY_WAS_CANCELLED."""
 
-ACCESS_DENIED = 497
-
 COLUMN_OF_A_SHARD = 10
 """NOT_FOUND_COLUMN_IN_BLOCK: a shard gave other columns than it was asked for."""
 

@@ -4,6 +4,7 @@ They travel in the query's own SETTINGS clause. There they also reach the shards
 equal to what the asked server has. `docs/clickhouse.md` has the same table for users; a test compares the two.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -156,18 +157,33 @@ PINNED: Mapping[str, Value] = {**WHOLE, **LATER, **ROWS, **MEANING, **TEXTS, **W
 
 
 @dataclass(frozen=True)
+class DistributedTable:
+    """A table whose rows are on the shards of a cluster."""
+
+    database: str
+    name: str
+    cluster: str
+
+    def is_in(self, sql: str, current_database: str) -> bool:
+        """Whether a query may read it: its name is one of the query's words, with its database or, in that, without."""
+        database, name = re.escape(self.database), re.escape(self.name)
+        unqualified = rf"|(?<![\w.])`?{name}" if self.database == current_database else ""
+        return re.search(rf"(?:(?<!\w){database}`?\s*\.\s*`?{name}{unqualified})(?!\w)", sql) is not None
+
+
+@dataclass(frozen=True)
 class ServerSettings:
-    """What `system.settings` of a server says to a user.
+    """What the system tables of a server say to a user.
 
     Attributes:
         known: the settings that it has.
         changed: those that the user's profile, or the server's, sets to another value than ClickHouse's default.
-        distributed: one of the database's Distributed tables for each cluster that they are on.
+        distributed: the Distributed tables that the user may see.
     """
 
     known: frozenset[str]
     changed: Mapping[str, str]
-    distributed: tuple[str, ...] = ()
+    distributed: tuple[DistributedTable, ...] = ()
 
 
 # One row, as a profile may limit a result's rows.
@@ -176,13 +192,9 @@ SELECT
     groupArray(name),
     groupArrayIf((name, value), changed),
     (
-        SELECT groupArray(name)
-        FROM (
-            SELECT any(name) AS name
-            FROM system.tables
-            WHERE database = currentDatabase() AND engine = 'Distributed'
-            GROUP BY extract(engine_full, '^Distributed\\(([^,]+),')
-        )
+        SELECT groupArray((database, name, extract(engine_full, '^Distributed\\(([^,]+),')))
+        FROM system.tables
+        WHERE engine = 'Distributed'
     )
 FROM system.settings
 """
@@ -191,7 +203,7 @@ ROWS_OF_A_SHARD = 1_000_000
 """Rows that `shards_query` has a cluster of one shard send at most."""
 
 
-def shards_query(table: str) -> str:
+def shards_query(table: DistributedTable) -> str:
     """A query that tells whether the users as whom the shards of a Distributed table are asked have `limit` or `offset` in
     their profiles, which ClickHouse does not let the asking server undo: its answer is no row or two numbers that differ, or
     there is an error (`errors.COLUMN_OF_A_SHARD`).
@@ -199,7 +211,7 @@ def shards_query(table: str) -> str:
     Where there are several shards, a shard that wraps its query into a limited one names a count's column in another way. A
     single one is given the whole query, and shortens its rows, but not a count.
     """
-    name = backquoted(table)
+    name = f"{backquoted(table.database)}.{backquoted(table.name)}"
     return f"""
 SELECT
     (SELECT least(count(), {ROWS_OF_A_SHARD}) FROM {name}) AS counted,
@@ -216,11 +228,13 @@ def discovery(*, of_later_versions: bool = False) -> str:
     return f"{_QUERY.strip()}\n{clause(settings)}"
 
 
-def discovered(names: Sequence[str], changed: Sequence[tuple[str, str]], distributed: Sequence[str]) -> ServerSettings:
+def discovered(
+    names: Sequence[str], changed: Sequence[tuple[str, str]], distributed: Sequence[tuple[str, str, str]]
+) -> ServerSettings:
     """The answer to `discovery`."""
     ours = {*PINNED, *HTTP}
     by_others = {name: value for name, value in changed if name not in ours}
-    return ServerSettings(frozenset(names), by_others, tuple(distributed))
+    return ServerSettings(frozenset(names), by_others, tuple(DistributedTable(*table) for table in distributed))
 
 
 def of_query(own: Mapping[str, Value], server: ServerSettings, log_comment: str) -> dict[str, Value]:

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
+from clickhouse_connect.driver.exceptions import DatabaseError
 
 from pg_exports import ClickHouseResource
-from pg_exports.errors import ExportError, PassingError
-from pg_exports.models import MODELS, Model, Selection
+from pg_exports.errors import ExportError, PassingError, SourceError
+from pg_exports.models import MODELS, Model, OwnModel, Selection
 from pg_exports.sandbox import Sandbox, source_tables
 from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports_tests.clickhouse import servers, users
@@ -87,6 +88,28 @@ def test_no_profile_of_a_shards_user_shortens_an_answer_without_a_word(
     else:
         assert differences(found, expected) == {}
         assert len(found) > ROWS / 3
+
+
+SIMPLE = OwnModel(
+    name="simple",
+    query="SELECT uuid FROM test_over_limit_10.events WHERE inserted_at >= {interval_start} AND inserted_at < {interval_end}",
+    columns={"uuid": "UUID"},
+    key=["uuid"],
+).as_model()
+"""Its rows pass through the asked server as they come from the shards, which is how some of them would be missing."""
+
+
+def test_a_simple_query_of_the_users_own_over_another_database_is_refused_too(
+    cluster: Cluster, plain: Source, hour: datetime
+) -> None:
+    with contextlib.suppress(DatabaseError):  # made by the test above, if that has run
+        over(cluster, plain, "limit_10")
+    query = SIMPLE.query(Selection(TEAM, hour, hour + HOUR))
+    with (
+        pytest.raises(SourceError, match=r"test_over_limit_10\.events .* shortens its answers"),
+        plain.resource().frames(query, SIMPLE, log_comment="tests"),
+    ):
+        pass
 
 
 # Shards that go

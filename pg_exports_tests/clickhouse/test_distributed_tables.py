@@ -1,0 +1,42 @@
+"""Which Distributed tables a query may read, by its words."""
+
+import pytest
+
+from pg_exports.clickhouse.settings import DistributedTable, clause
+
+EVENTS = DistributedTable("posthog", "events", "'cluster'")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "SELECT * FROM posthog.events",
+        "SELECT * FROM `posthog`.`events` AS e",
+        "SELECT * FROM posthog . events",
+        "SELECT * FROM(posthog.events)",
+    ],
+)
+@pytest.mark.parametrize("current", ["posthog", "other"])
+def test_a_table_that_is_named_with_its_database_is_read_from_any(sql: str, current: str) -> None:
+    assert EVENTS.is_in(sql, current)
+
+
+@pytest.mark.parametrize("sql", ["SELECT * FROM events", "SELECT * FROM `events`", "JOIN events USING (id)"])
+def test_a_table_that_is_named_alone_is_the_current_databases(sql: str) -> None:
+    assert EVENTS.is_in(sql, "posthog")
+    assert not EVENTS.is_in(sql, "other")
+
+
+@pytest.mark.parametrize(
+    "sql",
+    ["SELECT * FROM other.events", "SELECT * FROM `other`.`events`", "SELECT events_1, my_events FROM t", "t.events"],
+)
+def test_another_databases_table_and_longer_names_are_others(sql: str) -> None:
+    assert not EVENTS.is_in(sql, "posthog")
+
+
+def test_a_settings_clause_has_texts_maps_and_truths_as_clickhouse_reads_them() -> None:
+    settings = {"a": True, "b": 0.5, "c": "it's \\", "d": {"t": "x = 'y'"}, "odd`name": 1}
+    assert clause(settings) == (
+        "SETTINGS `a` = 1, `b` = '0.5', `c` = 'it\\'s \\\\', `d` = {'t': 'x = \\'y\\''}, `odd\\`name` = 1"
+    )
