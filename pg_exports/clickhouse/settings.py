@@ -167,7 +167,7 @@ class DistributedTable:
     def is_in(self, sql: str, current_database: str) -> bool:
         """Whether a query may read it: its name is one of the query's words, with its database or, in that, without."""
         database, name = re.escape(self.database), re.escape(self.name)
-        unqualified = rf"|(?<![\w.])`?{name}" if self.database == current_database else ""
+        unqualified = rf"|(?<![\w.])`{name}|(?<![\w.`]){name}" if self.database == current_database else ""
         return re.search(rf"(?:(?<!\w){database}`?\s*\.\s*`?{name}{unqualified})(?!\w)", sql) is not None
 
 

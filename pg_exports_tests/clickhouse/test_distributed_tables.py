@@ -2,7 +2,7 @@
 
 import pytest
 
-from pg_exports.clickhouse.settings import DistributedTable, clause
+from pg_exports.clickhouse.settings import DistributedTable, Value, clause
 
 EVENTS = DistributedTable("posthog", "events", "'cluster'")
 
@@ -36,7 +36,7 @@ def test_another_databases_table_and_longer_names_are_others(sql: str) -> None:
 
 
 def test_a_settings_clause_has_texts_maps_and_truths_as_clickhouse_reads_them() -> None:
-    settings = {"a": True, "b": 0.5, "c": "it's \\", "d": {"t": "x = 'y'"}, "odd`name": 1}
+    settings: dict[str, Value] = {"a": True, "b": 0.5, "c": "it's \\", "d": {"t": "x = 'y'"}, "odd`name": 1}
     assert clause(settings) == (
         "SETTINGS `a` = 1, `b` = '0.5', `c` = 'it\\'s \\\\', `d` = {'t': 'x = \\'y\\''}, `odd\\`name` = 1"
     )
