@@ -109,6 +109,19 @@ _REMEDIES = {
 }
 
 _NAME = r"(?:`(?:[^`\\]|\\.)*`|[\w*]+)"
+_LIMITS = {
+    36: ("Query tree is too big", "max_expanded_ast_elements"),
+    161: ("", "max_columns_to_read"),
+    162: ("", "max_subquery_depth"),
+    165: ("", "max_temporary_columns"),
+    166: ("", "max_temporary_non_const_columns"),
+    167: ("", "max_ast_depth"),
+    168: ("", "max_ast_elements"),
+    202: ("", "max_concurrent_queries_for_user` or `max_concurrent_queries_for_all_users"),
+    572: ("", "query_plan_max_optimizations_to_apply"),
+}
+"""Limits that ClickHouse does not name: by code, a part of its text and the setting."""
+
 _LACKING_GRANT = re.compile(
     r"DB::Exception: (?P<user>\S+): Not enough privileges.*?necessary to have the grant "
     rf"(?P<grant>[A-Za-z ]+(?:\([^)]*\))? ON {_NAME}(?:\.{_NAME})?)",
@@ -180,6 +193,9 @@ def _remedy(text: str, code: int) -> str | None:
             "An administrator of ClickHouse can allow it: "
             f"GRANT {lacking['grant']} TO {lacking['user']}; README lists all grants that an export needs."
         )
+    part, setting = _LIMITS.get(code, ("", None))
+    if setting and part in text:
+        return f"The query reached a limit of the user's profile: `{setting}`."
     return _REMEDIES.get(code)
 
 

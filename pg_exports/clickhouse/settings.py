@@ -27,6 +27,7 @@ WHOLE: Mapping[str, Value] = {
     "timeout_overflow_mode_leaf": "throw",
     "skip_unavailable_shards": 0,
     "distributed_group_by_no_merge": 0,
+    "empty_result_for_aggregation_by_empty_set": 0,
     "use_query_cache": 0,
     "additional_result_filter": "",
     "additional_table_filters": {},
@@ -35,6 +36,9 @@ WHOLE: Mapping[str, Value] = {
 
 LATER: Mapping[str, Value] = {"filter": ""}
 """Of the same kind, in later versions than the oldest that is supported."""
+
+NATIVE: Mapping[str, Value] = {"output_format_native_encode_types_in_binary_format": 0}
+"""Of small answers, which travel in ClickHouse's native format."""
 
 ROWS: Mapping[str, Value] = {
     "final": 0,
@@ -57,7 +61,6 @@ MEANING: Mapping[str, Value] = {
     "group_by_use_nulls": 0,
     "force_grouping_standard_compatibility": 1,
     "aggregate_functions_null_for_empty": 0,
-    "empty_result_for_aggregation_by_empty_set": 0,
     "count_distinct_implementation": "uniqExact",
     "union_default_mode": "",
     "intersect_default_mode": "ALL",
@@ -121,6 +124,7 @@ TEXTS: Mapping[str, Value] = {
 """How values become texts and JSON, and texts become values. Identities of own models are made of texts."""
 
 WIRE: Mapping[str, Value] = {
+    **NATIVE,
     "output_format_arrow_string_as_string": 1,
     "output_format_arrow_fixed_string_as_fixed_byte_array": 1,
     "output_format_arrow_low_cardinality_as_dictionary": 0,
@@ -224,7 +228,7 @@ def discovery(*, of_later_versions: bool = False) -> str:
     """The query for `ServerSettings`: one row with three arrays. A supported server knows its settings, but for those of later
     versions.
     """
-    settings = {**WHOLE, **LATER} if of_later_versions else WHOLE
+    settings = {**WHOLE, **NATIVE, **(LATER if of_later_versions else {})}
     return f"{_QUERY.strip()}\n{clause(settings)}"
 
 

@@ -24,7 +24,7 @@ from pg_exports_tests.source_rows import HOUR
 
 DATABASE = "test_settings"
 PASSWORD = "of the tests"
-TYPED_ROWS = 200
+TYPED_ROWS = 100
 
 TYPED = f"""
 CREATE TABLE {DATABASE}.typed (
@@ -119,7 +119,10 @@ OWN = OwnModel(
 ).as_model()
 """Values of every kind, texts made and read, joins and aggregates with NULL, and a key whose identity is made of texts."""
 
-UNDECIDED: Mapping[str, str] = {}
+UNDECIDED: Mapping[str, str] = {
+    "max_local_read_bandwidth": "one byte a second: the answer does not come within the read timeout, and nothing tells why",
+    "memory_tracker_fault_probability": "ClickHouse's own injection of faults: its error says so, without the setting's name",
+}
 """Settings that this sweep cannot decide about, with the reason."""
 
 SLOW = {"ast_fuzzer_runs", "max_local_read_bandwidth", "merge_tree_storage_snapshot_sleep_ms"}
@@ -177,7 +180,7 @@ def server(
             client.command(sql, dict(parameters or {}))
 
         source_tables.create_tables(execute, DATABASE)
-        sample_data.fill(execute, DATABASE, end=sample_end, hours=6, events=600)
+        sample_data.fill(execute, DATABASE, end=sample_end, hours=4, events=300)
         execute(TYPED)
         execute(TYPED_VALUES, {"version": 1})
         execute(f"DELETE FROM {DATABASE}.typed WHERE id > {TYPED_ROWS - 10}")
@@ -197,7 +200,7 @@ def answers(clickhouse: ClickHouseResource, end: datetime) -> dict[str, list[str
     """The rows of each model, as texts, and the fingerprints."""
     typed = datetime.fromisoformat("2026-11-29T09:00:00+00:00")
     selections: list[tuple[Model, Selection]] = [
-        (model, Selection(TEAM, end - 3 * HOUR, end)) for model in MODELS.values()
+        (model, Selection(TEAM, end - 2 * HOUR, end)) for model in MODELS.values()
     ]
     selections.append((OWN, Selection(0, typed, typed + HOUR)))
     answered = {}
@@ -239,5 +242,6 @@ def test_each_setting_of_a_profile_gives_the_same_rows_or_an_error_that_names_it
     (tmp_path / "wrong.json").write_text(json.dumps(wrong, indent=1))
     undecided = {name for name in wrong if name.split("__")[0] not in UNDECIDED}
     assert {name: wrong[name] for name in undecided} == {}
+    assert not [name for name, said in wrong.items() if said.startswith("other rows")]
     assert len(users) > 1000
     assert refused > 10
