@@ -29,6 +29,17 @@ NOTHING, EACH_ROW_ONCE = (0, 0, 0), (ROWS, ROWS, 1)
 
 _HOLD = 20_261_101
 
+
+def slowly(rows_a_second: int) -> dict[str, object]:
+    """Settings of a connection to ClickHouse under which rows come over some seconds."""
+    return {
+        "max_threads": 1,
+        "max_block_size": 100,
+        "max_execution_speed": rows_a_second,
+        "timeout_before_checking_execution_speed": 0,
+    }
+
+
 _KILOBYTE = '{"a": "' + 1000 * "x" + '"}'
 
 

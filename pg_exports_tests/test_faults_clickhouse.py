@@ -19,7 +19,7 @@ from pg_exports.sandbox.clickhouse_config import ClickHouseUser, export_grants
 from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.clickhouse.faulty_proxy import End, Spoil, faulty_proxy, first_messages, half_a_message
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
-from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed
+from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed, slowly
 from pg_exports_tests.source_rows import export_of
 
 FAULTS = [
@@ -100,15 +100,6 @@ def test_an_exception_of_clickhouses_is_named_and_the_next_run_completes_the_int
     assert landed(target) == EACH_ROW_ONCE
 
 
-SLOW = {
-    "max_threads": 1,
-    "max_block_size": 100,
-    "max_execution_speed": 2000,
-    "timeout_before_checking_execution_speed": 0,
-}
-"""Rows come over some seconds."""
-
-
 @pytest.mark.parametrize("secure", [True, False], ids=["TLS", "plain"])
 def test_a_server_that_is_killed_in_mid_answer_fails_the_run_and_the_next_one_after_its_restart_completes_the_interval(
     sandbox: Sandbox, target: Target, run: RunExport, hour: datetime, tmp_path: Path, secure: bool
@@ -130,7 +121,7 @@ def test_a_server_that_is_killed_in_mid_answer_fails_the_run_and_the_next_one_af
         fill(source, hour)
         export = export_of("events", target, hour)
         with ThreadPoolExecutor(1) as pool:
-            slow = source.resource(settings=SLOW, **wire)
+            slow = source.resource(settings=slowly(2000), **wire)
             running = pool.submit(run, export, partition_key(hour), clickhouse=slow)
             reads = "SELECT count() FROM system.processes WHERE query LIKE '%suspect%' AND read_rows > 0 AND user = 'exporter'"
             eventually(lambda: source.rows(reads)[0][0])

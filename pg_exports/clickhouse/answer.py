@@ -1,7 +1,8 @@
-"""The body of an answer of ClickHouse's that its reader may leave for a while.
+"""The body of ClickHouse's answer. Its reader may pause for minutes.
 
-A server gives an answer up if nothing of it is taken for 30 s (`http_send_timeout` of its default profile, which no query can
-change). So a little is read ahead while the reader is busy, with a Postgres that refuses rows one by one, say.
+ClickHouse closes the connection if the client reads nothing for 30 s (`http_send_timeout` of the server's default profile; no
+query can change it). So this module reads a little ahead while the reader is busy, for example with a Postgres that refuses
+rows one by one.
 """
 
 import contextlib
@@ -13,16 +14,16 @@ from typing import Protocol
 import urllib3
 
 PATIENCE = 10.0
-"""Seconds without a read after which some bytes are read ahead, and again after each as many."""
+"""Seconds without a read after which `AHEAD_BYTES` are read ahead; the same again after each further `PATIENCE` seconds."""
 
 AHEAD_BYTES = 2 * 1024 * 1024
-"""Bytes that are read ahead at a time: the kernels of both sides hold some megabytes, and the sender's wakes the server
-only when a third of its own share is free.
+"""Bytes to read ahead at a time. Both kernels buffer a few megabytes, and the sender's kernel wakes ClickHouse only when a
+third of its buffer is free.
 """
 
 MOST_AHEAD_BYTES = 128 * 1024 * 1024
-"""Bytes that wait for the reader at most. With the two above that is a pause of ten minutes, as long as a run waits for
-another one's lock in Postgres.
+"""Limit of the bytes that wait for the reader. It allows for a pause of ten minutes: as long as a run waits for a lock that
+another run holds in Postgres.
 """
 
 
@@ -34,7 +35,7 @@ class Answer(Protocol):
         ...
 
     def shutdown(self) -> None:
-        """Break off whatever is being read."""
+        """End every read that is in progress."""
         ...
 
     def close(self) -> None:

@@ -47,7 +47,7 @@ CANCELLED = 394
 """QUERY_WAS_CANCELLED."""
 
 COLUMN_OF_A_SHARD = 10
-"""NOT_FOUND_COLUMN_IN_BLOCK: a shard gave other columns than it was asked for."""
+"""NOT_FOUND_COLUMN_IN_BLOCK: a shard's answer has other columns than the query."""
 
 _TRACE = "The query is in system.query_log, with the run's id in its log_comment."
 
@@ -166,7 +166,7 @@ def refused(
 
 
 def shortened_by_a_shard(table: str, address: str) -> SourceError:
-    """The error for a Distributed table of which a shard sends only a part."""
+    """The error for a Distributed table with a shard that sends only some of its rows."""
     return SourceError(
         f"A shard of the Distributed table {table} on ClickHouse at {address} shortens its answers: the profile of the user "
         "who asks it has `limit`, `offset` or `additional_result_filter`, which no query can undo on a shard. An "

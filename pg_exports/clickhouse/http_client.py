@@ -1,8 +1,9 @@
-"""clickhouse-connect's HTTP client, without the questions that it asks the server first.
+"""clickhouse-connect's HTTP client without the queries that it sends first.
 
-The client would read `system.settings` under the user's own profile, which may shorten the answer, and then leave out each
-setting that it has not seen; and it would have the server send headers as long as a query works, so that no read times out.
-`settings` says what is sent instead. Read in clickhouse-connect 1.12 (`HttpClient._init_common_settings`).
+The client reads `system.settings` under the user's own profile, which may shorten the answer, and then does not send the
+settings that are missing there. It also makes the server send headers while a query runs, so that no read ever times out.
+`settings` has what is sent instead. Overrides a private method; read in clickhouse-connect 1.12
+(`HttpClient._init_common_settings`).
 """
 
 from clickhouse_connect.driver.httpclient import HttpClient
@@ -10,7 +11,7 @@ from clickhouse_connect.driver.query import TzSource
 
 
 class QuietClient(HttpClient):
-    """A client that sends what it is told to, and nothing before it."""
+    """A client that sends only the queries that it is given."""
 
     def _init_common_settings(self, tz_source: TzSource) -> None:
         self.params.update({name: str(value) for name, value in self._ch_settings.items()})

@@ -26,7 +26,7 @@ CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made."""
 
 LONG_PAUSE = 25
-"""Seconds for which an answer was not read, from which on that may be why it broke off."""
+"""Seconds. If the reader paused for longer, that may be why the answer broke off."""
 
 READ_TIMEOUT = 300
 """Seconds without a byte after which a stream counts as frozen, where the resource does not say."""
@@ -190,7 +190,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         return Query(sql, short.parameters)
 
     def _check_shards(self, client: QuietClient, query: Query, server: ServerSettings) -> None:
-        """Make sure that no shard that the query may ask shortens its answers. Each cluster is looked at once.
+        """Make sure that no shard shortens its answers. Checks each cluster once that the query may ask.
 
         Raises:
             SourceError: a shard does.
@@ -214,7 +214,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
     def _settings_of_server(self, client: QuietClient) -> ServerSettings:
         # An older server does not know the settings of later versions, and under one of them there may be no answer.
         problem: Exception = SourceError(
-            f"A setting of the ClickHouse user {self.user} filters every answer: `filter`."
+            f"The profile of the ClickHouse user {self.user} has a `filter`, under which no query has an answer."
         )
         for of_later_versions in (False, True):
             try:
@@ -288,13 +288,13 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
 
 def _why(body: Body | None) -> str:
-    """Why an answer may have broken off: as its reader left it for so long."""
+    """Why an answer may have broken off: its reader paused for too long."""
     if body is None or body.longest_pause < LONG_PAUSE:
         return ""
     return (
-        f"\nBefore that, Postgres took no rows for {body.longest_pause:.0f} s. ClickHouse gives an answer up of which nothing "
-        "is read for 30 s (`http_send_timeout` of the server's default profile). Find out what kept Postgres: locks, rows "
-        "that are refused one by one (the table pg_exports_rejected has the reasons), a disk that is full."
+        f"\nBefore that, Postgres took no rows for {body.longest_pause:.0f} s. ClickHouse closes the connection if the client "
+        "reads nothing for 30 s (`http_send_timeout` of the server's default profile). Find out why Postgres was slow: locks, "
+        "rows that it refuses one by one (the table pg_exports_rejected has the reasons), a full disk."
     )
 
 

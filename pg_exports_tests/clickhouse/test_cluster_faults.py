@@ -17,7 +17,7 @@ from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports_tests.clickhouse import servers, users
 from pg_exports_tests.clickhouse.servers import Cluster
 from pg_exports_tests.conftest import TEAM, Run, RunExport, Source, Target, partition_key
-from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed
+from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed, slowly
 from pg_exports_tests.models.comparison import differences
 from pg_exports_tests.postgres.tcp_proxy import TcpProxy, tcp_proxy
 from pg_exports_tests.source_rows import HOUR, export_of
@@ -114,14 +114,6 @@ def test_a_simple_query_of_the_users_own_over_another_database_is_refused_too(
 
 # Shards that go
 
-SLOW = {
-    "max_threads": 1,
-    "max_block_size": 100,
-    "max_execution_speed": 2000,
-    "timeout_before_checking_execution_speed": 0,
-}
-"""Rows come over some seconds."""
-
 
 @pytest.fixture
 def shard_by_proxy(
@@ -159,7 +151,7 @@ def test_a_shard_that_is_cut_off_in_mid_answer_fails_the_try_and_the_next_one_br
     shard_by_proxy: tuple[Cluster, TcpProxy], target: Target, run: RunExport, hour: datetime
 ) -> None:
     cluster, proxy = shard_by_proxy
-    source = Source(cluster.sandbox, "test_over_whole").resource(settings=SLOW)
+    source = Source(cluster.sandbox, "test_over_whole").resource(settings=slowly(2000))
     export = export_of("events", target, hour, start=hour - HOUR)
     done = strike(cluster, proxy.cut, lambda: run(export, partition_key(hour), clickhouse=source))
     assert done.error is None
@@ -192,10 +184,10 @@ def test_a_shard_that_is_killed_in_mid_answer_fails_the_run_and_the_next_run_com
     source = Source(cluster.sandbox, "test_over_whole")
     export = export_of("events", target, hour, start=hour - HOUR)
 
-    def slowly() -> Run:
-        return run(export, partition_key(hour), clickhouse=source.resource(settings=SLOW))
+    def start() -> Run:
+        return run(export, partition_key(hour), clickhouse=source.resource(settings=slowly(2000)))
 
-    failed = strike(cluster, lambda: cluster.kill(1), slowly)
+    failed = strike(cluster, lambda: cluster.kill(1), start)
     assert failed.error is not None
     assert landed(target) == NOTHING
     cluster.start_again(1)

@@ -17,7 +17,7 @@ from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.clickhouse import users
 from pg_exports_tests.clickhouse.test_resource import NUMBERS, insert_events
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
-from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, eventually, fill, landed
+from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, eventually, fill, landed, slowly
 from pg_exports_tests.source_rows import HOUR, export_of, insert_sessions, new_session, session
 
 NAMED = {
@@ -139,17 +139,13 @@ def test_a_query_that_an_administrator_killed_is_not_started_again_and_the_next_
     fill(source, hour)
     name = f"killed_{uuid.uuid4().hex}"
     export = export_of("events", target, hour, name=name)
-    slow = {
-        "max_threads": 1,
-        "max_block_size": 100,
-        "max_execution_speed": 500,
-        "timeout_before_checking_execution_speed": 0,
-    }
     failed: list[str | None] = []
     tries: list[int] = []
 
     def fail() -> None:
-        done = run(export, partition_key(hour), clickhouse=source.resource(settings=slow, **wire(source, secure)))
+        done = run(
+            export, partition_key(hour), clickhouse=source.resource(settings=slowly(500), **wire(source, secure))
+        )
         failed.append(done.error)
         tries.append(done.tries)
 
