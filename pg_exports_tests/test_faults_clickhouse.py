@@ -121,7 +121,7 @@ def test_a_server_that_is_killed_in_mid_answer_fails_the_run_and_the_next_one_af
         fill(source, hour)
         export = export_of("events", target, hour)
         with ThreadPoolExecutor(1) as pool:
-            slow = source.resource(settings=slowly(2000), **wire)
+            slow = source.resource(settings=slowly(400), **wire)
             running = pool.submit(run, export, partition_key(hour), clickhouse=slow)
             reads = "SELECT count() FROM system.processes WHERE query LIKE '%suspect%' AND read_rows > 0 AND user = 'exporter'"
             eventually(lambda: source.rows(reads)[0][0])

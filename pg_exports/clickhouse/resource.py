@@ -17,7 +17,7 @@ from pg_exports.clickhouse import arrow, errors
 from pg_exports.clickhouse import settings as query_settings
 from pg_exports.clickhouse.answer import Answer, Body
 from pg_exports.clickhouse.http_client import QuietClient
-from pg_exports.clickhouse.settings import ServerSettings
+from pg_exports.clickhouse.settings import DistributedTable, ServerSettings
 from pg_exports.errors import PassingError, SettingsError, SourceError
 from pg_exports.models import FRAME_TYPES, IDENTITY, INTERVAL, Column, Model, Query, as_read
 from pg_exports.models.model import PARAMETER_BYTES
@@ -58,7 +58,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
     settings: dict[str, Any] = Field(default={})
     read_timeout: int = READ_TIMEOUT
     _server_settings: ServerSettings | None = PrivateAttr(default=None)
-    _checked_clusters: set[str] = PrivateAttr(default_factory=set)
+    _checked_tables: set[DistributedTable] = PrivateAttr(default_factory=set)
 
     @property
     def address(self) -> str:
@@ -190,13 +190,13 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         return Query(sql, short.parameters)
 
     def _check_shards(self, client: QuietClient, query: Query, server: ServerSettings) -> None:
-        """Make sure that no shard shortens its answers. Checks each cluster once that the query may ask.
+        """Make sure that no shard shortens its answers. Checks each table once that the query may read.
 
         Raises:
             SourceError: a shard does.
         """
-        for table in server.distributed:
-            if table.cluster in self._checked_clusters or not table.is_in(query.sql, self.database):
+        for table in server.read_by(query.sql, self.database):
+            if table in self._checked_tables:
                 continue
             settings = query_settings.of_query(self.settings, server, "")
             sql = f"{query_settings.shards_query(table).strip()}\n{query_settings.clause(settings)}"
@@ -209,20 +209,20 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
                 answer = []
             if len(answer) != 1 or answer[0][0] > answer[0][1]:
                 raise errors.shortened_by_a_shard(f"{table.database}.{table.name}", self.address)
-            self._checked_clusters.add(table.cluster)
+            self._checked_tables.add(table)
 
     def _settings_of_server(self, client: QuietClient) -> ServerSettings:
-        # An older server does not know the settings of later versions, and under one of them there may be no answer.
+        # An older server does not know the settings of later versions. A newer one may give no answer without them.
         problem: Exception = SourceError(
             f"The profile of the ClickHouse user {self.user} has a `filter`, under which no query has an answer."
         )
-        for of_later_versions in (False, True):
+        for of_later_versions in (True, False):
             try:
                 rows = client.query(query_settings.discovery(of_later_versions=of_later_versions)).result_rows
             except Error as error:
-                problem = error if not of_later_versions else problem
+                problem = error
             else:
-                if rows:
+                if len(rows) == 1:
                     return query_settings.discovered(*rows[0])
         raise problem
 
@@ -279,11 +279,13 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
     def _has_restarted(self, seconds: float) -> bool:
         """Whether the server does not answer, or has been up for less than so many seconds."""
+        server = self._server_settings or ServerSettings(frozenset(), {})
+        sql = f"SELECT uptime() {query_settings.clause(query_settings.of_query({}, server, ''))}"
         try:
             with contextlib.closing(self._client()) as client:
-                [(uptime,)] = client.query(f"SELECT uptime() {query_settings.clause(query_settings.WHOLE)}").result_rows
-        except Error:
-            return True
+                [(uptime,)] = client.query(sql).result_rows
+        except Error as error:
+            return error.code is None
         return int(uptime) < seconds
 
 

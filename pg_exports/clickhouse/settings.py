@@ -34,8 +34,17 @@ WHOLE: Mapping[str, Value] = {
 }
 """With other values a server ends a shortened answer like a whole one, or has rows twice."""
 
-LATER: Mapping[str, Value] = {"filter": ""}
-"""Of the same kind, in later versions than the oldest that is supported."""
+LATER: Mapping[str, Value] = {
+    "filter": "",
+    "select": "",
+    "order": "",
+    "sort": "",
+    "page": 0,
+    "format": "",
+    "output_format": "",
+    "framing_output_format": "None",
+}
+"""Of the same kind, in later versions than the oldest that is supported: what is put around a query or before its answer."""
 
 NATIVE: Mapping[str, Value] = {"output_format_native_encode_types_in_binary_format": 0}
 """Of small answers, which travel in ClickHouse's native format."""
@@ -46,6 +55,9 @@ ROWS: Mapping[str, Value] = {
     "apply_deleted_mask": 1,
     "apply_patch_parts": 1,
     "apply_mutations_on_fly": 0,
+    "apply_prewhere_after_final": 0,
+    "defer_partition_pruning_after_final": 1,
+    "use_skip_indexes_if_final_exact_mode": 1,
 }
 """Which of a table's stored rows count."""
 
@@ -94,6 +106,14 @@ TEXTS: Mapping[str, Value] = {
     "cast_string_to_dynamic_use_inference": 0,
     "cast_string_to_variant_use_inference": 1,
     "precise_float_parsing": 1,
+    "allow_simdjson": 1,
+    "input_format_json_infer_array_of_dynamic_from_array_of_different_types": 1,
+    "input_format_json_try_infer_numbers_from_strings": 0,
+    "input_format_read_datetime_number_as_raw_value": 0,
+    "input_format_try_infer_dates": 1,
+    "input_format_try_infer_datetimes": 1,
+    "input_format_try_infer_datetimes_only_datetime64": 0,
+    "type_json_skip_duplicated_paths": 0,
     "parsedatetime_parse_without_leading_zeros": 1,
     "parsedatetime_e_requires_space_padding": 0,
     "date_time_output_format": "simple",
@@ -110,6 +130,11 @@ TEXTS: Mapping[str, Value] = {
     "output_format_decimal_trailing_zeros": 0,
     "output_format_float_precision": 0,
     "output_format_values_escape_quote_with_quote": 0,
+    "output_format_csv_crlf_end_of_line": 0,
+    "output_format_tsv_crlf_end_of_line": 0,
+    "format_csv_delimiter": ",",
+    "format_csv_null_representation": "\\N",
+    "format_tsv_null_representation": "\\N",
     "json_type_escape_dots_in_keys": 0,
     "output_format_json_escape_forward_slashes": 1,
     "output_format_json_map_as_array_of_tuples": 0,
@@ -140,6 +165,8 @@ HTTP: Mapping[str, str] = {
     "cancel_http_readonly_queries_on_client_close": "1",
     "enable_http_compression": "0",
     "dialect": "clickhouse",
+    # Before the clause is read: a filter with thousands of values, or a long query of the user's own, is one query.
+    "max_query_size": str(16 * 1024 * 1024),
 }
 """What the server must know before it reads the query: sent with the request."""
 
@@ -162,11 +189,16 @@ PINNED: Mapping[str, Value] = {**WHOLE, **LATER, **ROWS, **MEANING, **TEXTS, **W
 
 @dataclass(frozen=True)
 class DistributedTable:
-    """A table whose rows are on the shards of a cluster."""
+    """A table whose rows are on the shards of a cluster, or a view, which may read such tables.
+
+    Attributes:
+        database, name: of the table.
+        query: a view's query; empty for a table.
+    """
 
     database: str
     name: str
-    cluster: str
+    query: str = ""
 
     def is_in(self, sql: str, current_database: str) -> bool:
         """Whether a query may read it: its name is one of the query's words, with its database or, in that, without."""
@@ -182,12 +214,23 @@ class ServerSettings:
     Attributes:
         known: the settings that it has.
         changed: those that the user's profile, or the server's, sets to another value than ClickHouse's default.
-        distributed: the Distributed tables that the user may see.
+        distributed: the Distributed tables and the views that the user may see.
     """
 
     known: frozenset[str]
     changed: Mapping[str, str]
     distributed: tuple[DistributedTable, ...] = ()
+
+    def read_by(self, sql: str, database: str) -> list[DistributedTable]:
+        """The Distributed tables that a query may read, itself or by views, in a current database."""
+        found: list[DistributedTable] = []
+        texts = [(sql, database)]
+        while texts:
+            text, current = texts.pop()
+            new = [table for table in self.distributed if table not in found and table.is_in(text, current)]
+            found += new
+            texts += [(table.query, table.database) for table in new if table.query]
+        return [table for table in found if not table.query]
 
 
 # One row, as a profile may limit a result's rows.
@@ -196,9 +239,9 @@ SELECT
     groupArray(name),
     groupArrayIf((name, value), changed),
     (
-        SELECT groupArray((database, name, extract(engine_full, '^Distributed\\(([^,]+),')))
+        SELECT groupArray((database, name, if(engine = 'View', as_select, '')))
         FROM system.tables
-        WHERE engine = 'Distributed'
+        WHERE engine IN ('Distributed', 'View')
     )
 FROM system.settings
 """
@@ -225,8 +268,8 @@ WHERE isNotNull(counted)
 
 
 def discovery(*, of_later_versions: bool = False) -> str:
-    """The query for `ServerSettings`: one row with three arrays. A supported server knows its settings, but for those of later
-    versions.
+    """The query for `ServerSettings`: one row with three arrays. Every supported server knows its settings, but for those of
+    later versions.
     """
     settings = {**WHOLE, **NATIVE, **(LATER if of_later_versions else {})}
     return f"{_QUERY.strip()}\n{clause(settings)}"

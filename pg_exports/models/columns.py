@@ -250,8 +250,8 @@ def _with(query: Query, added: Sequence[Column]) -> Query:
     # On lines of their own: an expression may end with a comment.
     expressions = "".join(f",\n    (\n{column.expression}\n) AS {backquoted(column.name)}" for column in added)
     values = ",\n".join(
-        f"    {value(column.kind, f'answer.{backquoted(column.name)}', column.name)} AS {backquoted(column.name)}"
+        f"    {value(column.kind, f'answer_rows.{backquoted(column.name)}', column.name)} AS {backquoted(column.name)}"
         for column in added
     )
     sql = query.sql.strip().replace(MORE_COLUMNS, f"{MORE_COLUMNS}{expressions}", 1)
-    return Query(f"SELECT * REPLACE (\n{values}\n)\nFROM (\n{sql}\n) AS answer", query.parameters)
+    return Query(f"SELECT * REPLACE (\n{values}\n)\nFROM (\n{sql}\n) AS answer_rows", query.parameters)

@@ -235,6 +235,10 @@ PARAMETER_BYTES = 100_000
 quotes counted (`http_max_field_value_size`, which no query can change)."""
 
 
+_ESCAPED = "'\\\t\n\r\0\b\f"
+"""Characters that are sent as two."""
+
+
 def _concatenated(names: Sequence[str], placeholder: re.Match[str]) -> str:
     return f"arrayConcat({', '.join(f'{{{name}:{placeholder[1]}}}' for name in names)})"
 
@@ -244,9 +248,9 @@ def _short(values: Sequence[object]) -> list[list[object]]:
     lists: list[list[object]] = [[]]
     size = 0
     for value in values:
-        # As it is sent: quoted, with a backslash before each quote and backslash, and percent-encoded or not.
+        # As it is sent: in quotes, with a comma, and with a backslash for each character that needs one.
         text = str(value)
-        length = len(text.encode()) + text.count("'") + text.count("\\") + 4
+        length = len(text.encode()) + sum(map(text.count, _ESCAPED)) + 4
         if size + length > PARAMETER_BYTES and lists[-1]:
             lists.append([])
             size = 0

@@ -247,9 +247,18 @@ def _version(table: DestinationTable, rule: Merge, side: str) -> str:
             column = f"{side}.{quoted(source.name)}"
             if source.kind is Kind.INTEGER and destination.type in types.TEXT_TYPES:
                 column = f"{column}::numeric"
-            least = "'-infinity'" if destination.type.startswith("timestamp") else "0"
+            least = _least(destination.type) if not column.endswith("::numeric") else "0"
             parts.append((rule.version.index(source.name), f"{column} IS NOT NULL, coalesce({column}, {least})"))
     return f"ROW({', '.join(part for _, part in sorted(parts))})"
+
+
+def _least(type_: str) -> str:
+    """A value of a type to compare in NULL's place; any does, as NULL is told apart before."""
+    if type_.startswith("timestamp") or type_ == "date":
+        return "'-infinity'"
+    if type_ in types.TEXT_TYPES:
+        return "''"
+    return {"bool": "false", "uuid": "'00000000-0000-0000-0000-000000000000'"}.get(type_, "0")
 
 
 def _values(table: DestinationTable, side: str) -> str:

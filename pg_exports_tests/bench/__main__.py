@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 from pg_exports.sandbox import Sandbox, servers
+from pg_exports.sandbox.servers import SOURCE_DATABASE
 from pg_exports_tests.bench import peers, report
 from pg_exports_tests.bench.processes import ROOT, BenchError
 from pg_exports_tests.bench.report import Bar, Section
@@ -93,7 +94,7 @@ def _sandbox() -> Iterator[Sandbox]:
     before = dict(os.environ)
     os.environ.update(verify)
     try:
-        sandbox = servers.start(FOLDER)
+        sandbox = servers.start(FOLDER, (SOURCE_DATABASE, "bench_*"))
     finally:
         for name in verify:
             os.environ.pop(name)

@@ -151,7 +151,7 @@ def test_a_shard_that_is_cut_off_in_mid_answer_fails_the_try_and_the_next_one_br
     shard_by_proxy: tuple[Cluster, TcpProxy], target: Target, run: RunExport, hour: datetime
 ) -> None:
     cluster, proxy = shard_by_proxy
-    source = Source(cluster.sandbox, "test_over_whole").resource(settings=slowly(2000))
+    source = Source(cluster.sandbox, "test_over_whole").resource(settings=slowly(700))
     export = export_of("events", target, hour, start=hour - HOUR)
     done = strike(cluster, proxy.cut, lambda: run(export, partition_key(hour), clickhouse=source))
     assert done.error is None
@@ -185,7 +185,7 @@ def test_a_shard_that_is_killed_in_mid_answer_fails_the_run_and_the_next_run_com
     export = export_of("events", target, hour, start=hour - HOUR)
 
     def start() -> Run:
-        return run(export, partition_key(hour), clickhouse=source.resource(settings=slowly(2000)))
+        return run(export, partition_key(hour), clickhouse=source.resource(settings=slowly(200)))
 
     failed = strike(cluster, lambda: cluster.kill(1), start)
     assert failed.error is not None

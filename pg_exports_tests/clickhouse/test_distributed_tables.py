@@ -2,9 +2,9 @@
 
 import pytest
 
-from pg_exports.clickhouse.settings import DistributedTable, Value, clause
+from pg_exports.clickhouse.settings import DistributedTable, ServerSettings, Value, clause
 
-EVENTS = DistributedTable("posthog", "events", "'cluster'")
+EVENTS = DistributedTable("posthog", "events")
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,15 @@ def test_a_table_that_is_named_alone_is_the_current_databases(sql: str) -> None:
 )
 def test_another_databases_table_and_longer_names_are_others(sql: str) -> None:
     assert not EVENTS.is_in(sql, "posthog")
+
+
+def test_the_tables_behind_views_are_read_too() -> None:
+    over_view = DistributedTable("exports", "recent", "SELECT * FROM exports.all_events WHERE 1")
+    view = DistributedTable("exports", "all_events", "SELECT * FROM posthog.events")
+    other = DistributedTable("posthog", "person")
+    server = ServerSettings(frozenset(), {}, (over_view, other, view, EVENTS))
+    assert server.read_by("SELECT * FROM recent", "exports") == [EVENTS]
+    assert server.read_by("SELECT * FROM person", "exports") == []
 
 
 def test_a_settings_clause_has_texts_maps_and_truths_as_clickhouse_reads_them() -> None:

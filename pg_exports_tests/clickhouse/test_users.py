@@ -2,15 +2,17 @@
 and names what stands in the way.
 """
 
+import json
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
 
 from pg_exports import ClickHouseResource
-from pg_exports.errors import PassingError
+from pg_exports.errors import PassingError, SourceError
 from pg_exports.models import MODELS, Query, Selection
 from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports.sandbox.servers import ROLE
@@ -130,6 +132,26 @@ def wire(source: Source, secure: bool) -> dict[str, object]:
     """What a connection needs for plain HTTP, or for HTTPS, which it has anyhow."""
     port = source.sandbox.clickhouse.http_port
     return {} if secure else {"secure": False, "port": port, "ca_certificate": None}
+
+
+def test_a_killed_query_is_not_taken_for_a_shutdown_whatever_the_profile_filters(
+    source: Source, hour: datetime
+) -> None:
+    fill(source, hour)
+    clickhouse = as_user(source, users.FILTERED_BY_A_COLUMN, settings=slowly(500))
+    model, comment = MODELS["events"], uuid.uuid4().hex
+    query = model.query(Selection(TEAM, hour, hour + HOUR))
+    with (
+        clickhouse.frames(query, model, log_comment=json.dumps({"export": comment})) as frames,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        reading = pool.submit(list, frames)
+        killed = "KILL QUERY WHERE Settings['log_comment'] LIKE {comment:String} ASYNC"
+        running = "SELECT query_id FROM system.processes WHERE Settings['log_comment'] LIKE {comment:String}"
+        eventually(lambda: source.rows(running, {"comment": f'{{"export": "{comment}%'}))
+        source.execute(killed, {"comment": f'{{"export": "{comment}%'})
+        with pytest.raises(SourceError, match="KILL QUERY"):
+            reading.result()
 
 
 @pytest.mark.parametrize("secure", [True, False], ids=["TLS", "plain"])

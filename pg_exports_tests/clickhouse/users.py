@@ -2,8 +2,8 @@
 
 from pg_exports.sandbox.clickhouse_config import ClickHouseUser, export_grants
 
-SOURCE_DATABASES = ("posthog", "test_*")
-"""The ClickHouse databases that exports may read: tests' own have names that begin so."""
+SOURCE_DATABASES = ("posthog", "test_*", "bench_*")
+"""The ClickHouse databases that exports may read: those of tests and of the bench have names that begin so."""
 
 PASSWORD = "of the tests"
 """Of each."""
@@ -31,12 +31,15 @@ SHORTENED = (
     _user("join_10", {"max_rows_in_join": 10, "join_overflow_mode": "break"}),
     _user("transfer_10", {"max_rows_to_transfer": 10, "transfer_overflow_mode": "break"}),
     _user("filtered", {"additional_result_filter": "1 = 0"}),
+    _user("no_rows", {"filter": "1 = 0"}),
+    _user("no_format", {"output_format": "Null"}),
+    _user("twice", {"select": "* REPLACE (arrayJoin([team_id, team_id]) AS team_id)"}),
     _user(
         "everything_wrong",
         {"limit": 10, "offset": 5, "use_query_cache": 1, "join_use_nulls": 1, "transform_null_in": 1},
     ),
 )
-"""With them a server would end a shortened answer like a whole one."""
+"""With them a server would end a shortened answer like a whole one, or give rows twice."""
 
 READONLY_1 = _user("readonly_1", {"readonly": 1})
 READONLY_2 = _user("readonly_2", {"readonly": 2})
@@ -50,6 +53,7 @@ WITHOUT_DICTIONARIES = ClickHouseUser(
     "without_dictionaries", PASSWORD, tuple(f"GRANT SELECT ON {database}.*" for database in SOURCE_DATABASES)
 )
 EVENTS_ONLY = ClickHouseUser("events_only", PASSWORD, ("GRANT SELECT(uuid, event) ON posthog.events",))
+FILTERED_BY_A_COLUMN = _user("filtered_by_a_column", {"filter": "event != 'x'"})
 PROGRESS = _user("progress", {"send_progress_in_http_headers": 1, "http_headers_progress_interval_ms": 100})
 
 USERS = (
@@ -62,6 +66,7 @@ USERS = (
     FEW_QUERIES,
     WITHOUT_DICTIONARIES,
     EVENTS_ONLY,
+    FILTERED_BY_A_COLUMN,
     PROGRESS,
 )
 """All of them."""

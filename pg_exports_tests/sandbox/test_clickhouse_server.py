@@ -24,6 +24,7 @@ from pg_exports.sandbox import Sandbox, clickhouse_engine, clickhouse_process
 from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.clickhouse_process import ClickHouseServer, ClickHouseStartError
 from pg_exports.sandbox.servers import ROLE
+from pg_exports_tests.clickhouse.users import SOURCE_DATABASES
 from pg_exports_tests.conftest import Source
 
 ARROW_END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
@@ -199,7 +200,7 @@ def test_the_exporter_has_the_readmes_grants_and_no_others(sandbox: Sandbox, sou
         granted = exporter.query("SHOW GRANTS").result_rows
         assert granted == [
             (f"GRANT SHOW DICTIONARIES, SELECT, dictGet ON {databases}.* TO {ROLE}",)
-            for databases in ("posthog", "test_*")
+            for databases in sorted(SOURCE_DATABASES)
         ]
         assert exporter.command(f"SELECT count() FROM {source.database}.events") == 0
         for refused in (
