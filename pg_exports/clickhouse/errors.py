@@ -169,8 +169,7 @@ def shortened_by_a_shard(table: str, address: str) -> SourceError:
     """The error for a Distributed table with a shard that sends only some of its rows."""
     return SourceError(
         f"A shard of the Distributed table {table} on ClickHouse at {address} shortens its answers: the profile of the user "
-        "who asks it has `limit`, `offset`, `filter`, `additional_result_filter`, `select` or `order`, which no query can undo "
-        "on a shard. An "
+        "who asks it has `limit`, `offset`, `filter` or `additional_result_filter`, which no query can undo on a shard. An "
         "administrator of ClickHouse can take them out of the profile. That user is the one in the cluster's definition, or "
         "the connection's own if the definition has a `secret`."
     )

@@ -24,7 +24,10 @@ from pg_exports_tests.source_rows import HOUR, export_of
 
 PLAIN, LOCAL = "test_faults_plain", "test_faults_local"
 
-SHARD_USERS = tuple(user for user in users.SHORTENED if user.name != "a_twentieth_of_a_second")
+NOT_ON_SHARDS = ("a_twentieth_of_a_second", "no_rows", "no_format", "twice")
+"""A limit in time that this cluster keeps, and settings of 26.8 and later that nothing can undo or see on a shard."""
+
+SHARD_USERS = tuple(user for user in users.SHORTENED if user.name not in NOT_ON_SHARDS)
 """As whom shards are asked, in a cluster of the user's name each."""
 
 NO_TIME = ClickHouseUser(
