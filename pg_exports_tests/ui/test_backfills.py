@@ -4,7 +4,7 @@ processes of their own. What the browser showed is kept as pictures in pytest's 
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -82,10 +82,14 @@ def held_at(target: Target, hours: Sequence[datetime]) -> Iterator[None]:
 def test_hours_that_a_paused_schedule_missed_are_backfilled_in_one_run_oldest_first(
     deployment: Deployment, posthog: Source, landing: Target, hour: datetime
 ) -> None:
-    deployment.start_schedule("events_schedule")
-    assert deployment.schedule_status("events_schedule") == "RUNNING"
-    deployment.stop_schedule("events_schedule")
-    assert deployment.schedule_status("events_schedule") == "STOPPED"
+    # The daemon may write the state back that it read before: then the switch has to be turned once more.
+    for turn, status in ((deployment.start_schedule, "RUNNING"), (deployment.stop_schedule, "STOPPED")):
+
+        def is_turned(turn: Callable[[str], None] = turn, status: str = status) -> bool:
+            turn("events_schedule")
+            return deployment.schedule_status("events_schedule") == status
+
+        eventually(is_turned, PATIENCE)
     missed = hours_before(hour, 5, 1)
     insert_events(posthog, missed)
     assert missing(deployment, missed) == keys_of(missed)
