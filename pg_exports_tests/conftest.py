@@ -38,6 +38,7 @@ LONGEST_OF_A_TEST = timedelta(seconds=60)
 """What a test that looks at the clock takes at most, on a busy machine."""
 
 LONGEST = (
+    "clickhouse.test_settings",
     "ui.test_backfills",
     "cluster.test_cluster",
     "test_alerts",
@@ -46,6 +47,8 @@ LONGEST = (
     "cluster.test_lost_runs",
     "deploy.test_kubernetes_run",
     "test_ranges_together",
+    "clickhouse.test_shard_settings",
+    "clickhouse.test_cluster_faults",
     "clickhouse.test_cluster_sources",
     "test_bench_figures",
     "test_installed",
