@@ -87,7 +87,8 @@ def test_a_changed_interval_sends_what_is_missing_and_does_not_read_the_table(
     target.execute("DELETE FROM pg_exports_keys")
     source.insert("events", event(hour))
     assert run(export, partition_key(hour)).counts == (1, 0, 51)
-    assert rows_read(target) - read > 50
+    # PostgreSQL 14 brings its statistics a little later.
+    eventually(lambda: rows_read(target) - read > 50)
 
 
 def test_a_rejected_row_is_tried_again_by_each_rerun_and_lands_once_it_can(
