@@ -200,7 +200,7 @@ def _remedy(text: str, code: int) -> str | None:
 
 
 def _profile(changed: Mapping[str, str]) -> str | None:
-    """The settings of the user's profile, one of which may be the cause."""
+    """The line that lists the settings of the user's profile: one of them may be the cause."""
     if not changed:
         return None
     shown = [f"{name} = {value or repr(value)}" for name, value in sorted(changed.items())]

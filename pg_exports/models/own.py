@@ -38,8 +38,8 @@ _PLACEHOLDERS = {
 _BOUND_TYPES = {"interval_start": "DateTime", "interval_end": "DateTime", "team_id": "Int"}
 
 _TEXTS = 2
-"""Version of the texts of which identities are made. Those of the first version followed the settings of the user's profile:
-`date_time_output_format`, for one."""
+"""Version of the texts that identities are made of. In version 1 they followed the user's profile, for example
+`date_time_output_format`."""
 
 _START = f"toUnixTimestamp64Micro({_PLACEHOLDERS['interval_start']})"
 

@@ -253,7 +253,7 @@ def _version(table: DestinationTable, rule: Merge, side: str) -> str:
 
 
 def _least(type_: str) -> str:
-    """A value of a type to compare in NULL's place; any does, as NULL is told apart before."""
+    """A value of a type that stands in for NULL. Any value does: the comparison checks IS NOT NULL first."""
     if type_.startswith("timestamp") or type_ == "date":
         return "'-infinity'"
     if type_ in types.TEXT_TYPES:

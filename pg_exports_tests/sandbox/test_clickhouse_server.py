@@ -43,7 +43,7 @@ def plain_client(server: ClickHouseServer, **options: Any) -> Client:
 
 
 def request(sandbox: Sandbox, sql: str, query: str = "", *, https: bool = False) -> urllib3.BaseHTTPResponse:
-    """An answer to the administrator's query, of which nothing is read yet."""
+    """The unread answer to a query of the administrator's."""
     server = sandbox.clickhouse
     headers = {"X-ClickHouse-User": server.user, "X-ClickHouse-Key": server.password}
     pool = urllib3.PoolManager(ca_certs=str(sandbox.certificates.authority))
