@@ -159,7 +159,7 @@ GROUP BY {INTERVAL}
     def _rows(self) -> str:
         """The query's rows, with the columns' own types, `INTERVAL`, and `IDENTITY` where they are appended."""
         values = ",\n".join(
-            f"        {value(column.kind, f'own_rows.{backquoted(column.name)}', column.name)} AS {backquoted(column.name)}"
+            f"        {value(column.kind, f'own.{backquoted(column.name)}', column.name)} AS {backquoted(column.name)}"
             for column in _columns(self.columns)
         )
         identity = "" if self.version else f"\n    {self._hash()} AS {IDENTITY},"
@@ -172,7 +172,7 @@ FROM (
 {values} {MORE_COLUMNS}
     FROM (
 {_with_types(self.query)}
-    ) AS own_rows
+    ) AS own
 )
 """
 
