@@ -233,7 +233,7 @@ class ServerSettings:
         return [table for table in found if not table.query]
 
 
-# One row, as a profile may limit a result's rows.
+# One row, as a profile may limit a result's rows, and no IN, as it may limit the size of sets.
 _QUERY = """
 SELECT
     groupArray(name),
@@ -241,7 +241,7 @@ SELECT
     (
         SELECT groupArray((database, name, if(engine = 'View', as_select, '')))
         FROM system.tables
-        WHERE engine IN ('Distributed', 'View')
+        WHERE indexOf(['Distributed', 'View'], engine) > 0
     )
 FROM system.settings
 """

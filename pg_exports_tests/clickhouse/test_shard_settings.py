@@ -34,6 +34,9 @@ OTHERS = {
     "interval_output_format": "kusto",
     "bool_true_representation": "yes",
     "bool_false_representation": "no",
+    "format_csv_delimiter": ";",
+    "format_csv_null_representation": "nothing",
+    "format_tsv_null_representation": "nothing",
 }
 """Other values of those that are no numbers."""
 
