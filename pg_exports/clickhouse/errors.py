@@ -46,9 +46,6 @@ PASSING_CODES = frozenset(
 CANCELLED = 394
 """QUERY_WAS_CANCELLED."""
 
-COLUMN_OF_A_SHARD = 10
-"""NOT_FOUND_COLUMN_IN_BLOCK: a shard's answer has other columns than the query."""
-
 _TRACE = "The query is in system.query_log, with the run's id in its log_comment."
 
 _VALUE = (
@@ -122,6 +119,19 @@ _LIMITS = {
 }
 """Limits that ClickHouse does not name: by code, a part of its text and the setting."""
 
+_SIZE = re.compile(r"Limit for (?P<what>.+?) exceeded(?:, max (?P<unit>rows|bytes))?")
+_SIZES = {
+    "rows or bytes to read": "max_{}_to_read",
+    "rows or bytes to read on leaf node": "max_{}_to_read_leaf",
+    "rows to GROUP BY": "max_rows_to_group_by",
+    "IN-set": "max_{}_in_set",
+    "DISTINCT": "max_{}_in_distinct",
+    "JOIN": "max_{}_in_join",
+    "ORDER BY": "max_{}_to_sort",
+    "IN/JOIN external table": "max_{}_to_transfer",
+}
+"""The same, by what ClickHouse calls it; {} is rows or bytes."""
+
 _LACKING_GRANT = re.compile(
     r"DB::Exception: (?P<user>\S+): Not enough privileges.*?necessary to have the grant "
     rf"(?P<grant>[A-Za-z ]+(?:\([^)]*\))? ON {_NAME}(?:\.{_NAME})?)",
@@ -161,18 +171,9 @@ def refused(
     lines = [f"ClickHouse at {address} answered with an error: {_own_words(text)}", _remedy(text, code or 0)]
     if code in PASSING_CODES:
         return PassingError("\n".join(filter(None, lines)))
-    lines.append(_profile(changed or {}) if code not in _NOT_BY_A_PROFILE else None)
+    is_explained = code in _NOT_BY_A_PROFILE or _limit(text, code or 0)
+    lines.append(None if is_explained else _profile(changed or {}))
     return SourceError("\n".join(line for line in [*lines, None if any(lines[1:]) else _TRACE] if line))
-
-
-def shortened_by_a_shard(table: str, address: str) -> SourceError:
-    """The error for a Distributed table with a shard that sends only some of its rows."""
-    return SourceError(
-        f"A shard of the Distributed table {table} on ClickHouse at {address} shortens its answers: the profile of the user "
-        "who asks it has `limit`, `offset`, `filter` or `additional_result_filter`, which no query can undo on a shard. An "
-        "administrator of ClickHouse can take them out of the profile. That user is the one in the cluster's definition, or "
-        "the connection's own if the definition has a `secret`."
-    )
 
 
 def may_be_a_shutdown(error: SourceError | PassingError) -> bool:
@@ -193,10 +194,24 @@ def _remedy(text: str, code: int) -> str | None:
             "An administrator of ClickHouse can allow it: "
             f"GRANT {lacking['grant']} TO {lacking['user']}; README lists all grants that an export needs."
         )
-    part, setting = _LIMITS.get(code, ("", None))
-    if setting and part in text:
-        return f"The query reached a limit of the user's profile: `{setting}`."
+    setting = _limit(text, code)
+    if setting and shard:
+        return (
+            f"The query reached `{setting}` on the shard {shard[1]}: see the profile of the user as whom it is asked, that of "
+            "the connection's user, and the connection's `settings`."
+        )
+    if setting:
+        return f"The query reached `{setting}`, of the user's profile or the connection's `settings`."
     return _REMEDIES.get(code)
+
+
+def _limit(text: str, code: int) -> str | None:
+    """The setting of a limit that the query reached and ClickHouse does not name."""
+    size = _SIZE.search(text)
+    if size and size["what"] in _SIZES:
+        return _SIZES[size["what"]].format(size["unit"])
+    part, setting = _LIMITS.get(code, ("", None))
+    return setting if part in text else None
 
 
 def _profile(changed: Mapping[str, str]) -> str | None:

@@ -13,7 +13,7 @@ import urllib3
 from clickhouse_connect.driver.exceptions import Error
 from pydantic import ConfigDict, Field, PrivateAttr
 
-from pg_exports.clickhouse import arrow, errors
+from pg_exports.clickhouse import arrow, errors, shards
 from pg_exports.clickhouse import settings as query_settings
 from pg_exports.clickhouse.answer import Answer, Body
 from pg_exports.clickhouse.http_client import QuietClient
@@ -190,26 +190,11 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         return Query(sql, short.parameters)
 
     def _check_shards(self, client: QuietClient, query: Query, server: ServerSettings) -> None:
-        """Make sure that no shard shortens its answers. Checks each table once that the query may read.
-
-        Raises:
-            SourceError: a shard does.
-        """
+        """Check each Distributed table once that the query may read. Raises: as `shards.check`."""
+        settings = query_settings.of_query(self.settings, server, "")
         for table in server.read_by(query.sql, self.database):
-            if table in self._checked_tables:
-                continue
-            settings = query_settings.of_query(self.settings, server, "")
-            sql = f"{query_settings.shards_query(table).strip()}\n{query_settings.clause(settings)}"
-            try:
-                answer = client.query(sql).result_rows
-            except Error as error:
-                # What else is wrong the query itself will tell.
-                if error.code != errors.COLUMN_OF_A_SHARD:
-                    continue
-                answer = []
-            if len(answer) != 1 or answer[0][0] > answer[0][1]:
-                raise errors.shortened_by_a_shard(f"{table.database}.{table.name}", self.address)
-            self._checked_tables.add(table)
+            if table not in self._checked_tables and shards.check(client, table, settings, self.address):
+                self._checked_tables.add(table)
 
     def _settings_of_server(self, client: QuietClient) -> ServerSettings:
         # An older server does not know the settings of later versions. A newer one may give no answer without them.

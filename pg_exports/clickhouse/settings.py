@@ -246,26 +246,6 @@ SELECT
 FROM system.settings
 """
 
-ROWS_OF_A_SHARD = 1_000_000
-"""Rows that `shards_query` has a cluster of one shard send at most."""
-
-
-def shards_query(table: DistributedTable) -> str:
-    """A query that tells whether the users as whom the shards of a Distributed table are asked have `limit` or `offset` in
-    their profiles, which ClickHouse does not let the asking server undo: its answer is no row or two numbers that differ, or
-    there is an error (`errors.COLUMN_OF_A_SHARD`).
-
-    Where there are several shards, a shard that wraps its query into a limited one names a count's column in another way. A
-    single one is given the whole query, and shortens its rows, but not a count.
-    """
-    name = f"{backquoted(table.database)}.{backquoted(table.name)}"
-    return f"""
-SELECT
-    (SELECT least(count(), {ROWS_OF_A_SHARD}) FROM {name}) AS counted,
-    (SELECT count() FROM (SELECT 1 FROM {name} LIMIT {ROWS_OF_A_SHARD})) AS sent
-WHERE isNotNull(counted)
-"""
-
 
 def discovery(*, of_later_versions: bool = False) -> str:
     """The query for `ServerSettings`: one row with three arrays. Every supported server knows its settings, but for those of

@@ -12,10 +12,11 @@ from clickhouse_connect.driver.exceptions import DatabaseError
 from pg_exports import ClickHouseResource
 from pg_exports.errors import ExportError, PassingError, SourceError
 from pg_exports.models import MODELS, Model, OwnModel, Selection
-from pg_exports.sandbox import Sandbox, source_tables
+from pg_exports.sandbox import Sandbox, sample_data, source_tables
 from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports_tests.clickhouse import servers, users
 from pg_exports_tests.clickhouse.servers import Cluster
+from pg_exports_tests.clickhouse.test_cluster_sources import OWN, rows
 from pg_exports_tests.conftest import TEAM, Run, RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed, slowly
 from pg_exports_tests.models.comparison import differences
@@ -23,11 +24,15 @@ from pg_exports_tests.postgres.tcp_proxy import TcpProxy, tcp_proxy
 from pg_exports_tests.source_rows import HOUR, export_of
 
 PLAIN, LOCAL = "test_faults_plain", "test_faults_local"
+SAMPLE, SAMPLE_LOCAL = "test_faults_sample", "test_faults_sample_local"
 
-NOT_ON_SHARDS = ("a_twentieth_of_a_second", "no_rows", "no_format", "twice")
-"""A limit in time that this cluster keeps, and settings of 26.8 and later that nothing can undo or see on a shard."""
+NOT_ON_SHARDS = ("a_twentieth_of_a_second", "twice")
+"""A limit in time that this cluster keeps, and a `select` that changes only what reads a column of its own."""
 
-SHARD_USERS = tuple(user for user in users.SHORTENED if user.name not in NOT_ON_SHARDS)
+SHARD_USERS = (
+    *(user for user in users.SHORTENED if user.name not in NOT_ON_SHARDS),
+    users.FILTERED_BY_A_COLUMN,
+)
 """As whom shards are asked, in a cluster of the user's name each."""
 
 NO_TIME = ClickHouseUser(
@@ -93,6 +98,33 @@ def test_no_profile_of_a_shards_user_shortens_an_answer_without_a_word(
         assert len(found) > ROWS / 3
 
 
+@pytest.fixture(scope="module")
+def sample(cluster: Cluster, sample_end: datetime) -> Source:
+    """Sample data, on the first server and over the shards."""
+    source_tables.create_tables(cluster.sandbox.execute, SAMPLE)
+    sample_data.fill(cluster.sandbox.execute, SAMPLE, end=sample_end, hours=6, events=1000)
+    servers.distribute(cluster, SAMPLE, SAMPLE_LOCAL)
+    return Source(cluster.sandbox, SAMPLE)
+
+
+@pytest.mark.parametrize("user", SHARD_USERS, ids=lambda user: user.name)
+def test_under_no_profile_of_a_shards_user_a_model_has_other_rows(
+    cluster: Cluster, sample: Source, sample_end: datetime, user: ClickHouseUser
+) -> None:
+    database = f"test_sample_{user.name}"
+    servers.over(cluster, database, SAMPLE, SAMPLE_LOCAL, user.name)
+    for model in (*MODELS.values(), OWN):
+        query = model.query(Selection(TEAM, sample_end - 3 * HOUR, sample_end))
+        expected = rows(sample.resource(), query, model)
+        assert len(expected) > 20
+        try:
+            found = rows(Source(cluster.sandbox, database).resource(), query, model)
+        except (ExportError, PassingError) as error:
+            assert any(name in str(error) for name in user.settings if not name.endswith("_mode")), str(error)  # noqa: PT017
+        else:
+            assert differences(found, expected) == {}
+
+
 SIMPLE = OwnModel(
     name="simple",
     query="SELECT uuid FROM test_over_limit_10.events WHERE inserted_at >= {interval_start} AND inserted_at < {interval_end}",
@@ -109,7 +141,7 @@ def test_a_simple_query_of_the_users_own_over_another_database_is_refused_too(
         over(cluster, plain, "limit_10")
     query = SIMPLE.query(Selection(TEAM, hour, hour + HOUR))
     with (
-        pytest.raises(SourceError, match=r"test_over_limit_10\.events .* shortens its answers"),
+        pytest.raises(SourceError, match=r"test_over_limit_10\.events .* changes its answers"),
         plain.resource().frames(query, SIMPLE, log_comment="tests"),
     ):
         pass

@@ -13,14 +13,19 @@ import pytest
 
 from pg_exports import ClickHouseResource
 from pg_exports.errors import PassingError, SourceError
-from pg_exports.models import MODELS, Query, Selection
+from pg_exports.models import MODELS, Model, Query, Selection
 from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.clickhouse import users
+from pg_exports_tests.clickhouse.test_cluster_sources import OWN, rows
 from pg_exports_tests.clickhouse.test_resource import NUMBERS, insert_events
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, eventually, fill, landed, slowly
+from pg_exports_tests.models.comparison import differences
 from pg_exports_tests.source_rows import HOUR, export_of, insert_sessions, new_session, session
+
+LIMITED = 10
+"""Rows that the strictest of the profiles lets through."""
 
 NAMED = {
     "result_1000": "max_result_rows",
@@ -52,6 +57,22 @@ def test_no_profile_shortens_an_interval_without_a_word(
     else:
         assert done.error is None
         assert done.counts == (4_167, 0, 0)
+
+
+@pytest.mark.parametrize("user", users.SHORTENED, ids=lambda user: user.name)
+@pytest.mark.parametrize("model", [*MODELS.values(), OWN], ids=lambda model: model.name)
+def test_under_each_profile_every_model_has_all_rows_or_an_error(
+    sample: Source, sample_end: datetime, model: Model, user: ClickHouseUser
+) -> None:
+    query = model.query(Selection(TEAM, sample_end - 6 * HOUR, sample_end))
+    expected = rows(sample.resource(), query, model)
+    assert len(expected) > LIMITED
+    try:
+        found = rows(as_user(sample, user), query, model)
+    except (PassingError, SourceError) as error:
+        assert any(name in str(error) for name in user.settings if not name.endswith("_mode")), str(error)  # noqa: PT017
+    else:
+        assert differences(found, expected) == {}
 
 
 @pytest.mark.parametrize("model", MODELS)
