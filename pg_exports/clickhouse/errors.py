@@ -141,38 +141,46 @@ _LACKING_GRANT = re.compile(
 _NOT_BY_A_PROFILE = {60, 81, 115, 164, 192, 193, 194, 394, 452, 497, 516, 701}
 """Errors that no setting of a profile leads to, or whose text names it."""
 
-PROFILE_SETTINGS_SHOWN = 30
+SETTINGS_SHOWN = 30
 
 _OF_A_SHARD = re.compile(r"Received from (\S+?)[,.]? ")
 _BY_A_SHARD = {60, 81, 192, 193, 194, 497, 516}
 """Where a shard says so, it is not about the connection's own `database`, `user` and grants."""
 
 
-def explained(error: Error, address: str, changed: Mapping[str, str] | None = None) -> SourceError | PassingError:
+def explained(
+    error: Error, address: str, changed: Mapping[str, str] | None = None, own: Mapping[str, object] | None = None
+) -> SourceError | PassingError:
     """The error to raise for one of clickhouse-connect: with an address, ClickHouse's own words and a remedy.
 
     Args:
         error: it.
         address: of the server.
         changed: the settings of the user's profile, which may be the cause.
+        own: those of the connection, likewise.
     """
     text = str(error)
     if error.code is None and isinstance(error, ProgrammingError):
         return SourceError(f"The query for ClickHouse at {address} cannot be sent: {text}")
     if error.code is None:
         return _no_answer(text, address)
-    return refused(text, error.code, address, changed)
+    return refused(text, error.code, address, changed, own)
 
 
 def refused(
-    text: str, code: int | None, address: str, changed: Mapping[str, str] | None = None
+    text: str,
+    code: int | None,
+    address: str,
+    changed: Mapping[str, str] | None = None,
+    own: Mapping[str, object] | None = None,
 ) -> SourceError | PassingError:
     """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream. See `explained`."""
     lines = [f"ClickHouse at {address} answered with an error: {_own_words(text)}", _remedy(text, code or 0)]
     if code in PASSING_CODES:
         return PassingError("\n".join(filter(None, lines)))
     is_explained = code in _NOT_BY_A_PROFILE or _limit(text, code or 0)
-    lines.append(None if is_explained else _profile(changed or {}))
+    if not is_explained:
+        lines += [_suspects("the user's profile", changed), _suspects("the connection's `settings`", own)]
     return SourceError("\n".join(line for line in [*lines, None if any(lines[1:]) else _TRACE] if line))
 
 
@@ -214,13 +222,13 @@ def _limit(text: str, code: int) -> str | None:
     return setting if part in text else None
 
 
-def _profile(changed: Mapping[str, str]) -> str | None:
-    """The line that lists the settings of the user's profile: one of them may be the cause."""
-    if not changed:
+def _suspects(where: str, settings: Mapping[str, object] | None) -> str | None:
+    """The line that lists settings of which one may be the cause."""
+    if not settings:
         return None
-    shown = [f"{name} = {value or repr(value)}" for name, value in sorted(changed.items())]
-    more = f", and {len(shown) - PROFILE_SETTINGS_SHOWN} more" if len(shown) > PROFILE_SETTINGS_SHOWN else ""
-    return f"Settings of the user's profile that may be the cause: {', '.join(shown[:PROFILE_SETTINGS_SHOWN])}{more}."
+    shown = [f"{name} = {value if str(value) else repr(value)}" for name, value in sorted(settings.items())]
+    more = f", and {len(shown) - SETTINGS_SHOWN} more" if len(shown) > SETTINGS_SHOWN else ""
+    return f"Settings of {where} that may be the cause: {', '.join(shown[:SETTINGS_SHOWN])}{more}."
 
 
 def _own_words(text: str) -> str:

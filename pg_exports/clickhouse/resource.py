@@ -156,6 +156,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
 
     def _client(self) -> QuietClient:
         self._check_address()
+        self._check_settings()
         return QuietClient(
             interface="https" if self.secure else "http",
             host=self.host,
@@ -229,6 +230,14 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
                     f"{self.ca_certificate} is not ({error.strerror or error})."
                 ) from None
 
+    def _check_settings(self) -> None:
+        for name, value in self.settings.items():
+            if not re.fullmatch(r"[\w.]+", name) or not isinstance(value, int | float | str | dict) or value == "":
+                raise SettingsError(
+                    f"ClickHouse's `settings` have {name!r} with the value {value!r}. Each needs the name of one of "
+                    "ClickHouse's settings, and a number, true or false, or a text that is not empty."
+                )
+
     def _frames(self, body: Body, model: Model, columns: Sequence[Column]) -> Iterator[pl.DataFrame]:
         with self._explained(body):
             for batch in arrow.batches(body):
@@ -241,10 +250,10 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         try:
             yield
         except Error as error:
-            explained = errors.explained(error, self.address, self._changed)
+            explained = errors.explained(error, self.address, self._changed, self.settings)
         except arrow.TruncatedStreamError as error:
             if error.text:
-                explained = errors.refused(error.text, error.code, self.address, self._changed)
+                explained = errors.refused(error.text, error.code, self.address, self._changed, self.settings)
             else:
                 explained = PassingError(
                     f"The answer of ClickHouse at {self.address} broke off before its end.{_why(body)}"
