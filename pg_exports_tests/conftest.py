@@ -39,6 +39,7 @@ LONGEST_OF_A_TEST = timedelta(seconds=60)
 
 LONGEST = (
     "clickhouse.test_settings",
+    "clickhouse.test_settings_of_shards",
     "ui.test_backfills",
     "cluster.test_cluster",
     "test_alerts",

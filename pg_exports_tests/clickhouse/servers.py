@@ -91,6 +91,7 @@ def cluster(
     *,
     settings: Mapping[str, object] | None = None,
     users: Sequence[ClickHouseUser] = (),
+    users_of_shards: Sequence[ClickHouseUser] = (),
     route: Callable[[int], int] = lambda port: port,
     more: str = "",
 ) -> Iterator[Cluster]:
@@ -103,6 +104,7 @@ def cluster(
         settings: of `exporter`'s profile, on every server.
         users: further users; for each a cluster of its name asks the shards as that user, and one whose name ends with
             `_alone` consists of the last server only.
+        users_of_shards: further users, who have their settings on every server but the one that is asked.
         route: gives the port through which a native port is reached by the others, such as a proxy's.
         more: further configuration, within `<clickhouse>`.
     """
@@ -118,10 +120,11 @@ def cluster(
     config = f"<clickhouse><remote_servers>{definitions}</remote_servers>{more}</clickhouse>"
 
     def start(number: int) -> ClickHouseServer:
+        others = users_of_shards if number else [dataclasses.replace(user, settings={}) for user in users_of_shards]
         return clickhouse_process.start(
             folder / f"shard_{number + 1}",
             password=sandbox.clickhouse.password,
-            users=everyone,
+            users=(*everyone, *others),
             certificate=sandbox.certificates.certificate,
             key=sandbox.certificates.key,
             tcp_port=ports[number],
@@ -146,7 +149,7 @@ def _cluster(name: str, ports: Sequence[int], secret: str = "", user: ClickHouse
     return f"<{name}>{secret}{shards}</{name}>"
 
 
-def distribute(cluster: Cluster, plain: str, local: str) -> None:
+def distribute(cluster: Cluster, plain: str, local: str, tables: Sequence[str] = SOURCES) -> None:
     """Spread the rows of a database on the first server over all: each on one shard, every fifth on two, whatever the row
     is. `Distributed` tables over them are made by `over`.
 
@@ -154,11 +157,12 @@ def distribute(cluster: Cluster, plain: str, local: str) -> None:
         cluster: the servers.
         plain: the database with the rows.
         local: the database of the local tables, which is made on each.
+        tables: of the database.
     """
     cluster.execute(f"CREATE DATABASE {local}")
     shards = len(cluster.servers)
     first = cluster.servers[0]
-    for table in SOURCES:
+    for table in tables:
         with administrator(first) as client:
             ddl = str(client.command(f"SHOW CREATE TABLE {plain}.{table}")).replace("\\n", "\n").replace("\\'", "'")
         cluster.execute(ddl.replace(f"CREATE TABLE {plain}.{table}", f"CREATE TABLE {local}.{table}", 1))
@@ -173,7 +177,15 @@ def distribute(cluster: Cluster, plain: str, local: str) -> None:
             )
 
 
-def over(cluster: Cluster, name: str, plain: str, local: str, definition: str = SECRET, settings: str = "") -> None:
+def over(
+    cluster: Cluster,
+    name: str,
+    plain: str,
+    local: str,
+    definition: str = SECRET,
+    settings: str = "",
+    tables: Sequence[str] = SOURCES,
+) -> None:
     """A database on the first server with `Distributed` tables over the local ones, and the dictionary of channels.
 
     Args:
@@ -182,14 +194,16 @@ def over(cluster: Cluster, name: str, plain: str, local: str, definition: str = 
         plain: the database with the table of channels.
         local: the database of the local tables.
         definition: of the cluster, in `remote_servers`.
-        settings: of the tables.
+        settings: of the Distributed tables.
+        tables: of the database.
     """
     first = [cluster.servers[0]]
     cluster.execute(f"CREATE DATABASE {name}", first)
-    for table in SOURCES:
+    for table in tables:
+        key = "cityHash64(team_id)" if table in SOURCES else "rand()"
         cluster.execute(
             f"CREATE TABLE {name}.{table} AS {local}.{table}"
-            f" ENGINE = Distributed('{definition}', '{local}', '{table}', cityHash64(team_id)) {settings}",
+            f" ENGINE = Distributed('{definition}', '{local}', '{table}', {key}) {settings}",
             first,
         )
     cluster.execute(

@@ -1,247 +1,50 @@
 """Every boolean and numeric setting that ClickHouse has, each alone in the profile of an export's user: the same rows come, or
-an error that names it. Those with which nothing can be decided are in `UNDECIDED`, with the reason.
+an error that names it. Those with which nothing can be decided are in `sweep.UNDECIDED`, with the reason.
 """
 
 import json
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
-from clickhouse_connect.driver.exceptions import DatabaseError
 
 from pg_exports import ClickHouseResource
-from pg_exports.errors import ExportError, PassingError
-from pg_exports.models import MODELS, Model, OwnModel, Selection
-from pg_exports.sandbox import Sandbox, clickhouse_process, sample_data, source_tables
-from pg_exports.sandbox.clickhouse_config import ClickHouseUser, export_grants
+from pg_exports.sandbox import Sandbox, clickhouse_process
+from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports.sandbox.clickhouse_process import ClickHouseServer
+from pg_exports_tests.clickhouse import sweep
 from pg_exports_tests.clickhouse.servers import administrator
-from pg_exports_tests.conftest import TEAM
-from pg_exports_tests.source_rows import HOUR
-
-DATABASE = "test_settings"
-PASSWORD = "of the tests"
-TYPED_ROWS = 100
-
-TYPED = f"""
-CREATE TABLE {DATABASE}.typed (
-    id UInt64, dt DateTime, d64 DateTime64(6, 'UTC'), d64b DateTime64(3), dec Decimal(18, 4), f Float64, b Bool,
-    e Enum8('a' = 1, 'b' = 2), u UUID, ip IPv4, arr Array(Nullable(String)), ints Array(Int64), m Map(String, Int64),
-    tup Tuple(a UInt64, b String), lc LowCardinality(String), n Nullable(String), ni Nullable(Int64), fs FixedString(4),
-    big UInt64, day Date, day32 Date32, txt String, version UInt32
-) ENGINE = ReplacingMergeTree(version) ORDER BY id
-"""
-
-TYPED_VALUES = f"""
-INSERT INTO {DATABASE}.typed
-SELECT
-    number, toDateTime('2026-11-29 09:00:00') + number, toDateTime64('2026-11-29 09:00:00', 6, 'UTC') + number / 7,
-    toDateTime64('2026-11-29 09:00:00', 3) + number / 7, toDecimal64(number / 3, 4) * 10, number / 7, number % 2,
-    if(number % 2, 'a', 'b'), toUUID('00000000-0000-0000-0000-0000000000' || leftPad(toString(number % 100), 2, '0')),
-    toIPv4('10.0.0.' || toString(number % 250)), ['a/b', NULL, toString(number)], [number, 2], map('k', number),
-    (18446744073709551615 - number, 'x/y'), toString(number % 5), if(number % 3 = 0, NULL, toString(number)),
-    if(number % 3 = 0, NULL, number), 'ab', 18446744073709551615 - number, toDate('2026-11-01') + number % 20,
-    toDate32('2026-11-01') + number % 20, if(number % 4 = 0, '2026-11-29T09:00:00Z', '2026-11-29 09:00:01'),
-    {{version:UInt32}}
-FROM numbers({TYPED_ROWS})
-"""
-
-OWN = OwnModel(
-    name="typed",
-    query="""
-        SELECT
-            t.id AS id, t.d64 AS d64, t.d64b AS d64b, t.dec AS dec, t.f AS f, t.b AS b, t.e AS e, t.u AS u, t.ip AS ip,
-            t.arr AS arr, t.ints AS ints, t.m AS m, t.tup AS tup, t.lc AS lc, t.n AS n, t.ni AS ni, t.fs AS fs, t.big AS big,
-            t.day AS day, t.day32 AS day32, t.version AS version,
-            t.dt AS at, toString(t.dec) AS dec_text, toString(t.f) AS f_text, toString(t.b) AS b_text,
-            toString(t.dt) AS dt_text, toString(t.tup) AS tup_text, toString(t.arr) AS arr_text, toString(t.m) AS m_text,
-            toJSONString(t.tup) AS tup_json, toDateTime(t.txt) AS parsed, CAST('2026-11-29 09:00:00' AS DateTime) AS literal,
-            t.n IN (SELECT n FROM typed WHERE id < 30) AS n_in, t.n IN ('1', '2', NULL) AS n_in_list,
-            least(t.ni, 5) AS least_of,
-            formatDateTime(t.dt, '%M %f %e') AS formatted, splitByChar('-', t.txt) AS split, j.fs AS joined,
-            s.total AS total, s.greatest AS greatest, s.different AS different,
-            (SELECT sum(ni) FROM typed WHERE id > 1000000) AS nothing, (SELECT max(n) FROM typed WHERE id > 1000000) AS nobody
-        FROM typed AS t
-        LEFT JOIN (SELECT id, any(fs) AS fs FROM typed WHERE id % 2 = 0 GROUP BY id) AS j ON j.id = t.id
-        LEFT JOIN (
-            SELECT lc, sum(ni) AS total, max(n) AS greatest, count(DISTINCT n) AS different FROM typed GROUP BY lc
-        ) AS s ON s.lc = t.lc
-        WHERE t.d64 >= {interval_start} AND t.d64 < {interval_end}
-    """,
-    columns={
-        "id": "BIGINT",
-        "at": "TIMESTAMPTZ",
-        "d64": "TIMESTAMPTZ",
-        "d64b": "TIMESTAMPTZ",
-        "dec": "TEXT",
-        "f": "DOUBLE PRECISION",
-        "b": "BOOLEAN",
-        "e": "TEXT",
-        "u": "UUID",
-        "ip": "TEXT",
-        "arr": "TEXT[]",
-        "ints": "JSONB",
-        "m": "JSONB",
-        "tup": "JSONB",
-        "lc": "TEXT",
-        "n": "TEXT",
-        "ni": "BIGINT",
-        "fs": "TEXT",
-        "big": "TEXT",
-        "day": "DATE",
-        "day32": "DATE",
-        "version": "BIGINT",
-        **dict.fromkeys(
-            (
-                "dec_text",
-                "f_text",
-                "b_text",
-                "dt_text",
-                "tup_text",
-                "arr_text",
-                "m_text",
-                "tup_json",
-                "formatted",
-                "joined",
-            ),
-            "TEXT",
-        ),
-        **dict.fromkeys(("n_in", "n_in_list", "greatest", "nobody"), "TEXT"),
-        **dict.fromkeys(("least_of", "total", "different", "nothing"), "BIGINT"),
-        "parsed": "TIMESTAMPTZ",
-        "literal": "TIMESTAMPTZ",
-        "split": "TEXT[]",
-    },
-    key=["id", "at", "d64b", "f", "b", "day", "n", "version"],
-).as_model()
-"""Values of every kind, texts made and read, joins and aggregates with NULL, and a key whose identity is made of texts."""
-
-UNDECIDED: Mapping[str, str] = {
-    "max_local_read_bandwidth": "one byte a second: the answer does not come within the read timeout, and nothing tells why",
-    "memory_tracker_fault_probability": "ClickHouse's own injection of faults: its error says so, without the setting's name",
-}
-"""Settings that this sweep cannot decide about, with the reason."""
-
-SLOW = {"ast_fuzzer_runs", "max_local_read_bandwidth", "merge_tree_storage_snapshot_sleep_ms"}
-"""What slows a query down by its value: 1,000 of it takes minutes."""
-
-NUMERIC = re.compile(r"U?Int|NonZero|Float|Double|Seconds|Milliseconds|MaxThreads")
-
-
-def values(name: str, type_: str, default: str) -> list[str]:
-    """The values to try: another one of a boolean; 0, 1 and 1,000 of a number, and no more than 2 of threads."""
-    if type_ in ("Bool", "BoolAuto"):
-        return ["0" if default in ("1", "true") else "1"]
-    if not NUMERIC.match(type_):
-        return []
-    few = name in SLOW or re.search("thread|stream|connections|pool|parallel", name)
-    numbers = ("0", "1", "2") if few else ("0", "1", "1000")
-    return [number for number in numbers if number != default]
 
 
 @pytest.fixture(scope="module")
-def found(sandbox: Sandbox) -> list[tuple[str, str, str]]:
-    """Name, type and default of every setting that this server has."""
-    rows = sandbox.client.query("SELECT name, type, default FROM system.settings WHERE NOT is_obsolete ORDER BY name")
-    return [(str(name), str(type_), str(default)) for name, type_, default in rows.result_rows]
-
-
-@pytest.fixture(scope="module")
-def users(sandbox: Sandbox, found: list[tuple[str, str, str]]) -> list[ClickHouseUser]:
-    """A user for each setting and value that ClickHouse takes."""
-
-    def is_taken(name: str, value: str) -> bool:
-        try:
-            sandbox.client.command(f"SET {name} = {value}")
-        except DatabaseError:
-            return False
-        return True
-
-    grants = export_grants("test_*")
-    return [
-        ClickHouseUser(f"{name}__{value}", PASSWORD, grants, {name: value})
-        for name, type_, default in found
-        for value in values(name, type_, default)
-        if is_taken(name, value)
-    ]
+def users(sandbox: Sandbox) -> list[ClickHouseUser]:
+    return sweep.profiles(sandbox.client)
 
 
 @pytest.fixture(scope="module")
 def server(
     users: list[ClickHouseUser], tmp_path_factory: pytest.TempPathFactory, sample_end: datetime
 ) -> Iterator[ClickHouseServer]:
-    running = clickhouse_process.start(tmp_path_factory.mktemp("settings"), password=PASSWORD, users=users)
+    running = clickhouse_process.start(tmp_path_factory.mktemp("settings"), password=sweep.PASSWORD, users=users)
     with administrator(running) as client:
-
-        def execute(sql: str, parameters: Mapping[str, object] | None = None) -> None:
-            client.command(sql, dict(parameters or {}))
-
-        source_tables.create_tables(execute, DATABASE)
-        sample_data.fill(execute, DATABASE, end=sample_end, hours=4, events=300)
-        execute(TYPED)
-        execute(TYPED_VALUES, {"version": 1})
-        execute(f"DELETE FROM {DATABASE}.typed WHERE id > {TYPED_ROWS - 10}")
-        execute(f"SYSTEM STOP MERGES {DATABASE}.typed")
-        execute(TYPED_VALUES, {"version": 2})
+        sweep.fill(client, sample_end)
     yield running
     clickhouse_process.stop(running)
-
-
-def connection(server: ClickHouseServer, user: str) -> ClickHouseResource:
-    return ClickHouseResource(
-        host=server.host, port=server.http_port, user=user, password=PASSWORD, database=DATABASE, read_timeout=20
-    )
-
-
-def answers(clickhouse: ClickHouseResource, end: datetime) -> dict[str, list[str]]:
-    """The rows of each model, as texts, and the fingerprints."""
-    typed = datetime.fromisoformat("2026-11-29T09:00:00+00:00")
-    selections: list[tuple[Model, Selection]] = [
-        (model, Selection(TEAM, end - 2 * HOUR, end)) for model in MODELS.values()
-    ]
-    selections.append((OWN, Selection(0, typed, typed + HOUR)))
-    answered = {}
-    for model, selection in selections:
-        with clickhouse.frames(model.query(selection), model, log_comment="tests") as frames:
-            # Of an event that is there twice, either copy may come.
-            rows = [
-                json.dumps(row, default=str)
-                for frame in frames
-                for row in frame.select(sorted({*frame.columns} - {"created_at", "inserted_at"})).rows()
-            ]
-        answered[model.name] = sorted(rows)
-        if model.fingerprints:
-            fingerprints = clickhouse.rows(model.fingerprints(selection), log_comment="tests")
-            answered[f"{model.name}, fingerprints"] = [str(row) for row in fingerprints]
-    return answered
 
 
 @pytest.mark.slow
 def test_each_setting_of_a_profile_gives_the_same_rows_or_an_error_that_names_it(
     server: ClickHouseServer, users: list[ClickHouseUser], sample_end: datetime, tmp_path: Path
 ) -> None:
-    expected = answers(connection(server, server.user), sample_end)
+    def connection(user: str) -> ClickHouseResource:
+        return sweep.connection(server, user)
+
+    expected = sweep.answers(connection(server.user), sample_end)
     assert all(expected.values())
-    wrong: dict[str, Any] = {}
-    refused = 0
-    for user in users:
-        [name] = user.settings
-        try:
-            answered = answers(connection(server, user.name), sample_end)
-        except (ExportError, PassingError) as error:
-            refused += 1
-            if name not in str(error):
-                wrong[user.name] = str(error)
-        else:
-            different = [model for model, rows in answered.items() if rows != expected[model]]
-            if different:
-                wrong[user.name] = f"other rows of {', '.join(different)}"
+    wrong, refused = sweep.wrong(users, connection, expected, sample_end)
     (tmp_path / "wrong.json").write_text(json.dumps(wrong, indent=1))
-    undecided = {name for name in wrong if name.split("__")[0] not in UNDECIDED}
-    assert {name: wrong[name] for name in undecided} == {}
     assert not [name for name, said in wrong.items() if said.startswith("other rows")]
+    assert {name: said for name, said in wrong.items() if name.split("__")[0] not in sweep.UNDECIDED} == {}
     assert len(users) > 1000
     assert refused > 10

@@ -1,0 +1,59 @@
+"""Every boolean setting that ClickHouse has and every number that may be 1, each alone in the profile of a shard's user: the
+same rows come, or an error that names it. Those with which nothing can be decided are in `sweep.UNDECIDED`, with the reason.
+"""
+
+import json
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from pg_exports import ClickHouseResource
+from pg_exports.sandbox import Sandbox
+from pg_exports.sandbox.clickhouse_config import ClickHouseUser, export_grants
+from pg_exports_tests.clickhouse import servers, sweep
+from pg_exports_tests.clickhouse.servers import Cluster, administrator
+
+PLAIN = ClickHouseUser("plain", sweep.PASSWORD, export_grants("test_*"))
+LOCAL, DISTRIBUTED = "test_sweep_local", "test_sweep_distributed"
+
+
+@pytest.fixture(scope="module")
+def users(sandbox: Sandbox) -> list[ClickHouseUser]:
+    return sweep.profiles(sandbox.client, ("1",))
+
+
+@pytest.fixture(scope="module")
+def cluster(
+    sandbox: Sandbox, users: list[ClickHouseUser], tmp_path_factory: pytest.TempPathFactory, sample_end: datetime
+) -> Iterator[Cluster]:
+    """Two servers. The rows are on both; the cluster has a secret, so the second is asked as the user who asks."""
+    folder = tmp_path_factory.mktemp("settings_of_shards")
+    with servers.cluster(sandbox, folder, 2, users_of_shards=[PLAIN, *users]) as running:
+        with administrator(running.servers[0]) as client:
+            sweep.fill(client, sample_end)
+        tables = [*servers.SOURCES, "typed"]
+        servers.distribute(running, sweep.DATABASE, LOCAL, tables)
+        servers.over(running, DISTRIBUTED, sweep.DATABASE, LOCAL, tables=tables)
+        yield running
+
+
+@pytest.mark.slow
+def test_each_setting_of_a_shards_profile_gives_the_same_rows_or_an_error_that_names_it(
+    cluster: Cluster, users: list[ClickHouseUser], sample_end: datetime, tmp_path: Path
+) -> None:
+    def connection(user: str, database: str = DISTRIBUTED) -> ClickHouseResource:
+        return sweep.connection(cluster.servers[0], user, database)
+
+    # Of the own model's rows some are on both, which the plain table has once.
+    expected = sweep.answers(connection(PLAIN.name), sample_end)
+    whole = sweep.answers(connection(PLAIN.name, sweep.DATABASE), sample_end)
+    assert all(expected[name] == rows for name, rows in whole.items() if name != sweep.OWN.name)
+    assert all(expected.values())
+    wrong, refused = sweep.wrong(users, connection, expected, sample_end)
+    (tmp_path / "wrong.json").write_text(json.dumps(wrong, indent=1))
+    assert not [name for name, said in wrong.items() if said.startswith("other rows")]
+    assert {name: said for name, said in wrong.items() if name.split("__")[0] not in sweep.UNDECIDED} == {}
+    assert len(users) > 1000
+    assert refused > 10
