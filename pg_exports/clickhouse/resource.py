@@ -16,8 +16,9 @@ from pydantic import ConfigDict, Field, PrivateAttr
 from pg_exports.clickhouse import arrow, errors, shards
 from pg_exports.clickhouse import settings as query_settings
 from pg_exports.clickhouse.answer import Answer, Body
+from pg_exports.clickhouse.distributed import SourceTable, read_by
 from pg_exports.clickhouse.http_client import QuietClient
-from pg_exports.clickhouse.settings import DistributedTable, ServerSettings
+from pg_exports.clickhouse.settings import ServerSettings
 from pg_exports.errors import PassingError, SettingsError, SourceError
 from pg_exports.models import FRAME_TYPES, IDENTITY, INTERVAL, Column, Model, Query, as_read
 from pg_exports.models.model import PARAMETER_BYTES
@@ -58,7 +59,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
     settings: dict[str, Any] = Field(default={})
     read_timeout: int = READ_TIMEOUT
     _server_settings: ServerSettings | None = PrivateAttr(default=None)
-    _checked_tables: set[DistributedTable] = PrivateAttr(default_factory=set)
+    _checked_tables: set[SourceTable] = PrivateAttr(default_factory=set)
 
     @property
     def address(self) -> str:
@@ -193,8 +194,9 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
     def _check_shards(self, client: QuietClient, query: Query, server: ServerSettings) -> None:
         """Check each Distributed table once that the query may read. Raises: as `shards.check`."""
         settings = query_settings.of_query(self.settings, server, "")
-        for table in server.read_by(query.sql, self.database):
-            if table not in self._checked_tables and shards.check(client, table, settings, self.address):
+        for table in read_by(server.tables, query.sql, self.database):
+            if table not in self._checked_tables:
+                shards.check(client, table, settings, self.address)
                 self._checked_tables.add(table)
 
     def _settings_of_server(self, client: QuietClient) -> ServerSettings:

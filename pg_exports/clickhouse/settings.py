@@ -4,10 +4,10 @@ They travel in the query's own SETTINGS clause. There they also reach the shards
 equal to what the asked server has. `docs/clickhouse.md` has the same table for users; a test compares the two.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pg_exports.clickhouse.distributed import SourceTable
 from pg_exports.models.model import backquoted, quoted
 
 Value = int | float | str | bool | Mapping[str, str]
@@ -46,8 +46,11 @@ LATER: Mapping[str, Value] = {
 }
 """Of the same kind, in later versions than the oldest that is supported: what is put around a query or before its answer."""
 
-NATIVE: Mapping[str, Value] = {"output_format_native_encode_types_in_binary_format": 0}
-"""Of small answers, which travel in ClickHouse's native format."""
+NATIVE: Mapping[str, Value] = {
+    "output_format_native_encode_types_in_binary_format": 0,
+    "input_format_native_decode_types_in_binary_format": 0,
+}
+"""Of small answers, and of those of shards, which travel in ClickHouse's native format."""
 
 ROWS: Mapping[str, Value] = {
     "final": 0,
@@ -97,6 +100,7 @@ MEANING: Mapping[str, Value] = {
     "date_time_overflow_behavior": "ignore",
     "geotoh3_argument_order": "lat_lon",
     "h3togeo_lon_lat_result_order": 0,
+    "rewrite_in_to_join": 0,
 }
 """What the words of a query mean."""
 
@@ -177,6 +181,8 @@ OF_CLUSTERS: Mapping[str, Value] = {
     "optimize_skip_unused_shards": 0,
     # Of tables with a sampling key each replica would read a share, and a share of all there is only where none is behind.
     "max_parallel_replicas": 1,
+    "parallel_replicas_mode": "read_tasks",
+    "parallel_replicas_custom_key": "",
     "max_replica_delay_for_distributed_queries": REPLICA_DELAY,
     "fallback_to_stale_replicas_for_distributed_queries": 0,
 }
@@ -188,49 +194,18 @@ PINNED: Mapping[str, Value] = {**WHOLE, **LATER, **ROWS, **MEANING, **TEXTS, **W
 
 
 @dataclass(frozen=True)
-class DistributedTable:
-    """A table whose rows are on the shards of a cluster, or a view, which may read such tables.
-
-    Attributes:
-        database, name: of the table.
-        query: a view's query; empty for a table.
-    """
-
-    database: str
-    name: str
-    query: str = ""
-
-    def is_in(self, sql: str, current_database: str) -> bool:
-        """Whether a query may read it: its name is one of the query's words, with its database or, in that, without."""
-        database, name = re.escape(self.database), re.escape(self.name)
-        unqualified = rf"|(?<![\w.])`{name}|(?<![\w.`]){name}" if self.database == current_database else ""
-        return re.search(rf"(?:(?<!\w){database}`?\s*\.\s*`?{name}{unqualified})(?!\w)", sql) is not None
-
-
-@dataclass(frozen=True)
 class ServerSettings:
     """What the system tables of a server say to a user.
 
     Attributes:
         known: the settings that it has.
         changed: those that the user's profile, or the server's, sets to another value than ClickHouse's default.
-        distributed: the Distributed tables and the views that the user may see.
+        tables: the Distributed tables that the user may see, and those that may read them.
     """
 
     known: frozenset[str]
     changed: Mapping[str, str]
-    distributed: tuple[DistributedTable, ...] = ()
-
-    def read_by(self, sql: str, database: str) -> list[DistributedTable]:
-        """The Distributed tables that a query may read, itself or by views, in a current database."""
-        found: list[DistributedTable] = []
-        texts = [(sql, database)]
-        while texts:
-            text, current = texts.pop()
-            new = [table for table in self.distributed if table not in found and table.is_in(text, current)]
-            found += new
-            texts += [(table.query, table.database) for table in new if table.query]
-        return [table for table in found if not table.query]
+    tables: tuple[SourceTable, ...] = ()
 
 
 # One row, as a profile may limit a result's rows, and no IN, as it may limit the size of sets.
@@ -239,9 +214,11 @@ SELECT
     groupArray(name),
     groupArrayIf((name, value), changed),
     (
-        SELECT groupArray((database, name, if(engine = 'View', as_select, '')))
+        SELECT groupArray((database, name, if(engine = 'Distributed', '', create_table_query)))
         FROM system.tables
-        WHERE indexOf(['Distributed', 'View'], engine) > 0
+        WHERE indexOf(
+            ['Distributed', 'View', 'MaterializedView', 'WindowView', 'Merge', 'Buffer', 'Alias'], engine
+        ) > 0
     )
 FROM system.settings
 """
@@ -256,12 +233,12 @@ def discovery(*, of_later_versions: bool = False) -> str:
 
 
 def discovered(
-    names: Sequence[str], changed: Sequence[tuple[str, str]], distributed: Sequence[tuple[str, str, str]]
+    names: Sequence[str], changed: Sequence[tuple[str, str]], tables: Sequence[tuple[str, str, str]]
 ) -> ServerSettings:
     """The answer to `discovery`."""
     ours = {*PINNED, *HTTP}
     by_others = {name: value for name, value in changed if name not in ours}
-    return ServerSettings(frozenset(names), by_others, tuple(DistributedTable(*table) for table in distributed))
+    return ServerSettings(frozenset(names), by_others, tuple(SourceTable(*table) for table in tables))
 
 
 def of_query(own: Mapping[str, Value], server: ServerSettings, log_comment: str) -> dict[str, Value]:

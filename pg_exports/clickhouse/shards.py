@@ -8,23 +8,36 @@ from collections.abc import Mapping
 
 from clickhouse_connect.driver.exceptions import Error
 
+from pg_exports.clickhouse.distributed import SourceTable
 from pg_exports.clickhouse.http_client import QuietClient
-from pg_exports.clickhouse.settings import DistributedTable, Value, clause
+from pg_exports.clickhouse.settings import Value, clause
 from pg_exports.errors import SourceError
 from pg_exports.models.model import backquoted
 
 ROWS = 1_000_000
-"""Rows that the check has a cluster of one shard send at most."""
+"""Rows that each shard is asked for. A limit above that is not noticed."""
+
+_UNLIMITED: Mapping[str, Value] = {
+    "max_result_rows": 0,
+    "max_result_bytes": 0,
+    "force_primary_key": 0,
+    "force_index_by_date": 0,
+    "force_data_skipping_indices": "",
+}
+"""What would forbid the check, and not what an export reads."""
 
 _SIGNS = (
-    10,  # NOT_FOUND_COLUMN_IN_BLOCK: the shard's answer has other columns than the query, as it is one around it
+    10,  # NOT_FOUND_COLUMN_IN_BLOCK: the shard's answer has other columns than the query
     47,  # UNKNOWN_IDENTIFIER: a filter names a column of the table, which the answer does not have
 )
-"""Codes of the errors by which the check's query tells that a shard changes its answers."""
+"""Codes of the errors that tell of a changed answer, too."""
 
 
-def check(client: QuietClient, table: DistributedTable, settings: Mapping[str, Value], address: str) -> bool:
-    """Make sure that no shard changes its answers.
+def check(client: QuietClient, table: SourceTable, settings: Mapping[str, Value], address: str) -> None:
+    """Make sure that no shard of a Distributed table changes its answers.
+
+    Each is asked for so many rows that it makes itself: of the table it reads nothing, so neither its size nor what is
+    written meanwhile matters.
 
     Args:
         client: a connection to the server that is asked.
@@ -32,20 +45,29 @@ def check(client: QuietClient, table: DistributedTable, settings: Mapping[str, V
         settings: of the query.
         address: of the server, for the message.
 
-    Returns:
-        whether that could be found out; what else is wrong the query itself will tell.
-
     Raises:
         SourceError: a shard does.
+        Error: of clickhouse-connect's, the shards could not be asked.
     """
     name = f"{backquoted(table.database)}.{backquoted(table.name)}"
+    # Answers that are not merged can be told apart; more come of shards whose tables are Distributed, too. Where several are
+    # merged, one with anything around it is an error.
+    sql = f"""
+SELECT sum(one), max(shards), (SELECT count() FROM {name} WHERE 0 SETTINGS distributed_group_by_no_merge = 0) AS merged
+FROM (
+    SELECT arrayJoin(arrayWithConstant({ROWS} + count(), toUInt8(1))) AS one, shardCount() AS shards
+    FROM {name}
+    WHERE 0
+    SETTINGS distributed_group_by_no_merge = 1
+)
+{clause({**settings, **_UNLIMITED})}"""
     try:
-        whole = _all_answer(client, name, settings) and _send_all_rows(client, name, settings)
+        [(rows, shards, _)] = client.query(sql.strip()).result_rows
     except Error as error:
         if error.code not in _SIGNS:
-            return False
-        whole = False
-    if not whole:
+            raise
+        rows = shards = 0
+    if rows == 0 or rows % ROWS or rows < shards * ROWS:
         raise SourceError(
             f"A shard of the Distributed table {table.database}.{table.name} on ClickHouse at {address} changes its answers: "
             "the profile of the user who asks it has `limit`, `offset`, `filter`, `additional_result_filter`, `select` or "
@@ -53,25 +75,3 @@ def check(client: QuietClient, table: DistributedTable, settings: Mapping[str, V
             "profile. That user is the one in the cluster's definition, or the connection's own if the definition has a "
             "`secret`."
         )
-    return True
-
-
-def _all_answer(client: QuietClient, name: str, settings: Mapping[str, Value]) -> bool:
-    """Whether each shard has an answer: a count is a row, even of no rows."""
-    unmerged = {**settings, "distributed_group_by_no_merge": 1}
-    answers = client.query(f"SELECT count(), shardCount() AS shards FROM {name} {clause(unmerged)}").result_rows
-    return bool(answers) and len(answers) >= answers[0][1]
-
-
-def _send_all_rows(client: QuietClient, name: str, settings: Mapping[str, Value]) -> bool:
-    """Whether as many rows come as there are. Of several shards, one that puts a limit around its query names a count's
-    column in another way, which is an error. A single one is given the whole query, and shortens its rows, but not a count.
-    """
-    sql = f"""
-SELECT
-    (SELECT least(count(), {ROWS}) FROM {name}) AS counted,
-    (SELECT count() FROM (SELECT 1 FROM {name} LIMIT {ROWS})) AS sent
-WHERE isNotNull(counted)
-"""
-    answer = client.query(f"{sql.strip()}\n{clause(settings)}").result_rows
-    return len(answer) == 1 and answer[0][0] <= answer[0][1]

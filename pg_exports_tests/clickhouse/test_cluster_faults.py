@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 import pytest
-from clickhouse_connect.driver.exceptions import DatabaseError
 
 from pg_exports import ClickHouseResource
 from pg_exports.errors import ExportError, PassingError, SourceError
@@ -29,9 +28,18 @@ SAMPLE, SAMPLE_LOCAL = "test_faults_sample", "test_faults_sample_local"
 NOT_ON_SHARDS = ("a_twentieth_of_a_second", "twice")
 """A limit in time that this cluster keeps, and a `select` that changes only what reads a column of its own."""
 
+GUARDED = ClickHouseUser(
+    "guarded",
+    users.PASSWORD,
+    users.SHORTENED[0].grants,
+    {"limit": 10, "max_rows_to_read": 1000, "max_result_rows": 1000, "force_primary_key": 1},
+)
+"""Limits that are errors when they are reached, beside one that is not."""
+
 SHARD_USERS = (
     *(user for user in users.SHORTENED if user.name not in NOT_ON_SHARDS),
     users.FILTERED_BY_A_COLUMN,
+    GUARDED,
 )
 """As whom shards are asked, in a cluster of the user's name each."""
 
@@ -67,7 +75,8 @@ def plain(cluster: Cluster, hour: datetime) -> Source:
 
 def over(cluster: Cluster, plain: Source, definition: str) -> Source:
     database = f"test_over_{definition}"
-    servers.over(cluster, database, plain.database, LOCAL, definition)
+    if not cluster.sandbox.client.command(f"EXISTS DATABASE {database}"):
+        servers.over(cluster, database, plain.database, LOCAL, definition)
     return Source(cluster.sandbox, database)
 
 
@@ -137,14 +146,34 @@ SIMPLE = OwnModel(
 def test_a_simple_query_of_the_users_own_over_another_database_is_refused_too(
     cluster: Cluster, plain: Source, hour: datetime
 ) -> None:
-    with contextlib.suppress(DatabaseError):  # made by the test above, if that has run
-        over(cluster, plain, "limit_10")
+    over(cluster, plain, "limit_10")
     query = SIMPLE.query(Selection(TEAM, hour, hour + HOUR))
     with (
         pytest.raises(SourceError, match=r"test_over_limit_10\.events .* changes its answers"),
         plain.resource().frames(query, SIMPLE, log_comment="tests"),
     ):
         pass
+
+
+def test_what_limits_the_asking_user_does_not_keep_a_short_answer_from_being_found(
+    cluster: Cluster, plain: Source, hour: datetime
+) -> None:
+    distributed = over(cluster, plain, "offset_5_alone")
+    guarded = distributed.resource(settings={"max_rows_to_read": 1000, "max_result_rows": 100, "force_primary_key": 1})
+    with pytest.raises(SourceError, match="changes its answers"):
+        events(guarded, hour)
+
+
+def test_shards_that_have_no_rows_yet_are_as_good_as_others(cluster: Cluster, plain: Source, hour: datetime) -> None:
+    database = "test_over_empty"
+    cluster.execute(f"CREATE DATABASE {database}_local")
+    for table in servers.SOURCES:
+        cluster.execute(f"CREATE TABLE {database}_local.{table} AS {plain.database}.{table}", [cluster.servers[0]])
+        cluster.execute(f"CREATE TABLE {database}_local.{table} AS {LOCAL}.{table}", cluster.servers[1:])
+    servers.over(cluster, database, PLAIN, f"{database}_local")
+    servers.over(cluster, f"{database}_twice", PLAIN, database, servers.ALONE)
+    for name in (database, f"{database}_twice"):
+        assert events(Source(cluster.sandbox, name).resource(), hour) == []
 
 
 # Shards that go
