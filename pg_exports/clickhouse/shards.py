@@ -15,7 +15,7 @@ from pg_exports.errors import SourceError
 from pg_exports.models.model import backquoted
 
 ROWS = 1_000_000
-"""Rows that each shard is asked for. A limit above that is not noticed."""
+"""Rows that each shard is asked for. Where there is one shard alone, a limit above that is not noticed."""
 
 _UNLIMITED: Mapping[str, Value] = {
     "max_result_rows": 0,
