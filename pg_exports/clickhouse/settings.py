@@ -154,13 +154,15 @@ TEXTS: Mapping[str, Value] = {
 
 WIRE: Mapping[str, Value] = {
     **NATIVE,
+    "make_distributed_plan": 0,
+    "optimize_const_name_size": 256,
     "output_format_arrow_string_as_string": 1,
     "output_format_arrow_fixed_string_as_fixed_byte_array": 1,
     "output_format_arrow_low_cardinality_as_dictionary": 0,
     "output_format_arrow_date_as_uint16": 0,
     "output_format_arrow_unsupported_types_as_binary": 1,
 }
-"""In which types an answer travels."""
+"""In which types an answer travels, and under which names of columns that of a shard."""
 
 HTTP: Mapping[str, str] = {
     # As long as a query works, each of these headers would be a byte that is read, and no read would time out.

@@ -118,6 +118,7 @@ OWN = OwnModel(
 
 UNDECIDED: Mapping[str, str] = {
     "max_local_read_bandwidth": "one byte a second: the answer does not come within the read timeout, and nothing tells why",
+    "unknown_packet_in_send_data": "of ClickHouse's own tests: the server sends what no client knows",
     "memory_tracker_fault_probability": "ClickHouse's own injection of faults: its error says so, without the setting's name",
 }
 """Settings that this sweep cannot decide about, with the reason."""
