@@ -31,7 +31,9 @@ _HOLD = 20_261_101
 
 
 def slowly(rows_a_second: int) -> dict[str, object]:
-    """Settings of a connection to ClickHouse under which rows come over some seconds."""
+    """Settings of a connection to ClickHouse under which rows come over some seconds. ClickHouse waits for no more than a
+    second at a time, and once for each part of a table that it reads: `fill` makes as many parts as it takes.
+    """
     return {
         "max_threads": 1,
         "max_block_size": 100,
@@ -43,8 +45,8 @@ def slowly(rows_a_second: int) -> dict[str, object]:
 _KILOBYTE = '{"a": "' + 1000 * "x" + '"}'
 
 
-def fill(source: Source, *hours: datetime) -> None:
-    """`ROWS` events in each hour, which ClickHouse answers in eight blocks."""
+def fill(source: Source, *hours: datetime, rows_of_a_part: int = 1000) -> None:
+    """`ROWS` events in each hour, which ClickHouse answers in eight blocks, or one for each part of the table."""
     # Its blocks follow the table's parts.
     source.execute("SYSTEM STOP MERGES events")
     for hour in hours:
@@ -52,7 +54,7 @@ def fill(source: Source, *hours: datetime) -> None:
             "INSERT INTO events (uuid, event, properties, timestamp, team_id, distinct_id, _timestamp, inserted_at) "
             "SELECT generateUUIDv4(number), '$pageview', {properties:String}, {hour:DateTime64(6)}, {team:Int64}, "
             "toString(number), {hour:DateTime64(6)}, {hour:DateTime64(6)} FROM numbers({rows:UInt64}) "
-            "SETTINGS max_block_size = 1000, min_insert_block_size_rows = 1000",
+            f"SETTINGS max_block_size = {rows_of_a_part}, min_insert_block_size_rows = {rows_of_a_part}",
             {
                 "properties": _KILOBYTE,
                 "hour": hour.strftime("%Y-%m-%d %H:%M:%S"),

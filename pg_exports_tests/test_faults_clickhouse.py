@@ -118,10 +118,10 @@ def test_a_server_that_is_killed_in_mid_answer_fails_the_run_and_the_next_one_af
     wire = {} if secure else {"port": source.sandbox.clickhouse.http_port, "secure": False, "ca_certificate": None}
     try:
         source_tables.create_tables(source.sandbox.execute, source.database)
-        fill(source, hour)
+        fill(source, hour, rows_of_a_part=100)
         export = export_of("events", target, hour)
         with ThreadPoolExecutor(1) as pool:
-            slow = source.resource(settings=slowly(400), **wire)
+            slow = source.resource(settings=slowly(200), **wire)
             running = pool.submit(run, export, partition_key(hour), clickhouse=slow)
             reads = "SELECT count() FROM system.processes WHERE query LIKE '%suspect%' AND read_rows > 0 AND user = 'exporter'"
             eventually(lambda: source.rows(reads)[0][0])

@@ -2,8 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from datetime import datetime
 
 import pytest
@@ -16,8 +15,8 @@ from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports_tests.clickhouse import servers, users
 from pg_exports_tests.clickhouse.servers import Cluster
 from pg_exports_tests.clickhouse.test_cluster_sources import OWN, rows
-from pg_exports_tests.conftest import TEAM, Run, RunExport, Source, Target, partition_key
-from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed, slowly
+from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
+from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, landed
 from pg_exports_tests.models.comparison import differences
 from pg_exports_tests.postgres.tcp_proxy import TcpProxy, tcp_proxy
 from pg_exports_tests.source_rows import HOUR, export_of
@@ -200,24 +199,19 @@ def shard_by_proxy(
         yield running, proxies[1]
 
 
-def strike(cluster: Cluster, blow: Callable[[], None], started: Callable[[], Run]) -> Run:
-    """Run an export, and strike while the second shard answers it."""
-    with ThreadPoolExecutor(1) as pool:
-        ended = pool.submit(started)
-        running = "SELECT count() FROM system.processes WHERE query LIKE '%suspect%' AND NOT is_initial_query"
-        with servers.administrator(cluster.servers[1]) as client:
-            eventually(lambda: client.command(running))
-        blow()
-        return ended.result()
+MID_ANSWER = 50_000
+"""Bytes that a shard sends of the hour's events before it is struck: some of all, and more than of any other answer."""
 
 
 def test_a_shard_that_is_cut_off_in_mid_answer_fails_the_try_and_the_next_one_brings_each_row_once(
     shard_by_proxy: tuple[Cluster, TcpProxy], target: Target, run: RunExport, hour: datetime
 ) -> None:
     cluster, proxy = shard_by_proxy
-    source = Source(cluster.sandbox, "test_over_whole").resource(settings=slowly(700))
+    source = Source(cluster.sandbox, "test_over_whole").resource()
     export = export_of("events", target, hour, start=hour - HOUR)
-    done = strike(cluster, proxy.cut, lambda: run(export, partition_key(hour), clickhouse=source))
+    is_cut = proxy.after_answered(MID_ANSWER, proxy.cut)
+    done = run(export, partition_key(hour), clickhouse=source)
+    assert is_cut.is_set()
     assert done.error is None
     assert done.tries > 1
     assert landed(target) == EACH_ROW_ONCE
@@ -244,14 +238,12 @@ def test_a_shard_that_freezes_is_a_passing_error_and_nothing_lands(
 def test_a_shard_that_is_killed_in_mid_answer_fails_the_run_and_the_next_run_completes_the_interval(
     shard_by_proxy: tuple[Cluster, TcpProxy], target: Target, run: RunExport, hour: datetime
 ) -> None:
-    cluster, _ = shard_by_proxy
+    cluster, proxy = shard_by_proxy
     source = Source(cluster.sandbox, "test_over_whole")
     export = export_of("events", target, hour, start=hour - HOUR)
-
-    def start() -> Run:
-        return run(export, partition_key(hour), clickhouse=source.resource(settings=slowly(200)))
-
-    failed = strike(cluster, lambda: cluster.kill(1), start)
+    is_killed = proxy.after_answered(MID_ANSWER, lambda: cluster.kill(1))
+    failed = run(export, partition_key(hour), clickhouse=source.resource())
+    assert is_killed.is_set()
     assert failed.error is not None
     assert landed(target) == NOTHING
     cluster.start_again(1)

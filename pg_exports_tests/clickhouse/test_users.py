@@ -158,8 +158,8 @@ def wire(source: Source, secure: bool) -> dict[str, object]:
 def test_a_killed_query_is_not_taken_for_a_shutdown_whatever_the_profile_filters(
     source: Source, hour: datetime
 ) -> None:
-    fill(source, hour)
-    clickhouse = as_user(source, users.FILTERED_BY_A_COLUMN, settings=slowly(500))
+    fill(source, hour, rows_of_a_part=100)
+    clickhouse = as_user(source, users.FILTERED_BY_A_COLUMN, settings=slowly(200))
     model, comment = MODELS["events"], uuid.uuid4().hex
     query = model.query(Selection(TEAM, hour, hour + HOUR))
     with (
@@ -179,7 +179,7 @@ def test_a_killed_query_is_not_taken_for_a_shutdown_whatever_the_profile_filters
 def test_a_query_that_an_administrator_killed_is_not_started_again_and_the_next_run_completes_the_interval(
     source: Source, target: Target, run: RunExport, hour: datetime, secure: bool
 ) -> None:
-    fill(source, hour)
+    fill(source, hour, rows_of_a_part=100)
     name = f"killed_{uuid.uuid4().hex}"
     export = export_of("events", target, hour, name=name)
     failed: list[str | None] = []
@@ -187,7 +187,7 @@ def test_a_query_that_an_administrator_killed_is_not_started_again_and_the_next_
 
     def fail() -> None:
         done = run(
-            export, partition_key(hour), clickhouse=source.resource(settings=slowly(500), **wire(source, secure))
+            export, partition_key(hour), clickhouse=source.resource(settings=slowly(200), **wire(source, secure))
         )
         failed.append(done.error)
         tries.append(done.tries)

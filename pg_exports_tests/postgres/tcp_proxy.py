@@ -20,6 +20,7 @@ class _Connection:
         self.client = client
         self.server = server
         self.sent = 0
+        self.answered = 0
         self.flows = threading.Event()
         self.flows.set()
         self.has_client = True
@@ -34,6 +35,15 @@ class _Connection:
         _reset(self.client)
 
 
+class _Action:
+    """What is done once, when so many bytes have come."""
+
+    def __init__(self, bytes_: int, do: Callable[[], None]) -> None:
+        self.bytes = bytes_
+        self.do = do
+        self.done = threading.Event()
+
+
 class TcpProxy:
     """What a test does to the connections. Every method may be called at any moment, from any thread."""
 
@@ -42,7 +52,7 @@ class TcpProxy:
         self._lock = threading.Lock()
         self._connections: list[_Connection] = []
         self._threads: list[threading.Thread] = []
-        self._after: tuple[int, Callable[[], None], threading.Event] | None = None
+        self._actions: dict[str, _Action] = {}
         self.connections_made = 0
         """Connections that clients have made so far."""
         self.port = 0
@@ -91,10 +101,11 @@ class TcpProxy:
         """Do something once, as soon as one client has sent so many bytes and before they are forwarded; gives an event
         that is set when it is done.
         """
-        done = threading.Event()
-        with self._lock:
-            self._after = (sent, action, done)
-        return done
+        return self._plan("sent", _Action(sent, action))
+
+    def after_answered(self, answered: int, action: Callable[[], None]) -> threading.Event:
+        """The same as soon as the server has sent so many bytes on one connection."""
+        return self._plan("answered", _Action(answered, action))
 
     def close(self) -> None:
         """Refuse new connections and cut what is there."""
@@ -137,7 +148,7 @@ class TcpProxy:
         with contextlib.suppress(OSError):
             while data := connection.client.recv(CHUNK):
                 connection.sent += len(data)
-                self._act(connection.sent)
+                self._act("sent", connection.sent)
                 connection.flows.wait()
                 connection.server.sendall(data)
         if connection.has_client:
@@ -150,9 +161,26 @@ class TcpProxy:
         connection.client.close()
         connection.server.close()
 
+    def _plan(self, counted: str, action: _Action) -> threading.Event:
+        with self._lock:
+            self._actions[counted] = action
+        return action.done
+
+    def _act(self, counted: str, bytes_: int) -> None:
+        with self._lock:
+            planned = self._actions.get(counted)
+            due = planned if planned and planned.bytes <= bytes_ else None
+            if due:
+                del self._actions[counted]
+        if due:
+            due.do()
+            due.done.set()
+
     def _forward_answers(self, connection: _Connection) -> None:
         with contextlib.suppress(OSError):
             while data := connection.server.recv(CHUNK):
+                connection.answered += len(data)
+                self._act("answered", connection.answered)
                 connection.flows.wait()
                 if connection.has_client:
                     with contextlib.suppress(OSError):
@@ -160,16 +188,6 @@ class TcpProxy:
         connection.flows.wait()
         with contextlib.suppress(OSError):
             connection.client.shutdown(socket.SHUT_RDWR)
-
-    def _act(self, sent: int) -> None:
-        with self._lock:
-            due = self._after if self._after and sent >= self._after[0] else None
-            if due:
-                self._after = None
-        if due:
-            _, action, done = due
-            action()
-            done.set()
 
 
 @contextlib.contextmanager
