@@ -241,7 +241,13 @@ def test_a_shard_that_is_killed_in_mid_answer_fails_the_run_and_the_next_run_com
     cluster, proxy = shard_by_proxy
     source = Source(cluster.sandbox, "test_over_whole")
     export = export_of("events", target, hour, start=hour - HOUR)
-    is_killed = proxy.after_answered(MID_ANSWER, lambda: cluster.kill(1))
+
+    def kill() -> None:
+        # What it has sent already would still arrive.
+        cluster.kill(1)
+        proxy.cut()
+
+    is_killed = proxy.after_answered(MID_ANSWER, kill)
     failed = run(export, partition_key(hour), clickhouse=source.resource())
     assert is_killed.is_set()
     assert failed.error is not None
