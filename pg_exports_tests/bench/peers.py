@@ -32,11 +32,13 @@ PRODUCT = "pg_exports"
 PRODUCTS = {PRODUCT: "jsonb", "pg_exports_json": "json", "pg_exports_text": "text"}
 """The product, and what type the events' documents have: some peers make tables in which Postgres reads no JSON."""
 
+CLICKHOUSE_FUNCTION = "clickhouse_function"
+
 TITLES = {
     LIMIT: "the limit: `psql \\copy` of a binary file",
     LIMIT_AS_STORED: "the same, documents as Postgres prints them",
     **dict.fromkeys(PRODUCTS, "pg_exports"),
-    "clickhouse_function": "ClickHouse's `postgresql()`",
+    CLICKHOUSE_FUNCTION: "ClickHouse's `postgresql()`",
     "dlt_parquet": "dlt, Parquet and ADBC",
     "dlt_default": "dlt, as it comes",
     "python_csv": "Python's csv, psycopg's COPY",
@@ -214,7 +216,11 @@ def _run(
         sandbox.postgres.execute(create, grant, database=DATABASE)
     sandbox.postgres.execute("CHECKPOINT")
     try:
-        usage = run(_command(contender.name, task, start), sandbox, task.environment | _environment(sandbox))
+        usage = run(
+            _command(contender.name, task, start),
+            sandbox,
+            task.environment | _environment(sandbox) | _rights(contender.name, sandbox),
+        )
         answer = json.loads(usage.output.splitlines()[-1])
         contender.documents = _type_of_documents(sandbox, task.schema)
         wrong = check.difference(expected, *check.at_destination(sandbox, task.schema, expected))
@@ -230,6 +236,13 @@ def _command(name: str, task: Task, start: datetime) -> Sequence[str]:
         return [sys.executable, "-m", f"{CONTENDERS}.{LIMIT if name in LIMITS else name}"]
     day = f"{start:%Y-%m-%d}"
     return product.arguments("events", task.database, task.schema, interval="day", start=day, first=day)
+
+
+def _rights(contender: str, sandbox: Sandbox) -> dict[str, str]:
+    """As whom a contender asks ClickHouse: what writes from there to Postgres needs more than an export's user has."""
+    if contender != CLICKHOUSE_FUNCTION:
+        return {}
+    return {"CLICKHOUSE_USER": sandbox.clickhouse.user, "CLICKHOUSE_PASSWORD": sandbox.clickhouse.password}
 
 
 def _environment(sandbox: Sandbox) -> dict[str, str]:
