@@ -217,13 +217,13 @@ def _limit(text: str, code: int) -> str | None:
     """The setting of a limit that the query reached and ClickHouse does not name."""
     size = _SIZE.search(text)
     if size and size["what"] in _SIZES:
-        return _SIZES[size["what"]].format(size["unit"])
+        return _SIZES[size["what"]].format(size["unit"] or "rows")
     part, setting = _LIMITS.get(code, ("", None))
     return setting if part in text else None
 
 
 def _suspects(where: str, settings: Mapping[str, object] | None) -> str | None:
-    """The line that lists settings of which one may be the cause."""
+    """One line with the settings that may be the cause."""
     if not settings:
         return None
     shown = [f"{name} = {value if str(value) else repr(value)}" for name, value in sorted(settings.items())]

@@ -15,7 +15,7 @@ from pg_exports.errors import SourceError
 from pg_exports.models.model import backquoted
 
 ROWS = 1_000_000
-"""Rows that each shard is asked for. Where there is one shard alone, a limit above that is not noticed."""
+"""Rows that each shard must send. With a single shard, a higher `limit` goes unnoticed."""
 
 _UNLIMITED: Mapping[str, Value] = {
     "max_result_rows": 0,
@@ -36,8 +36,8 @@ _SIGNS = (
 def check(client: QuietClient, table: SourceTable, settings: Mapping[str, Value], address: str) -> None:
     """Make sure that no shard of a Distributed table changes its answers.
 
-    Each is asked for so many rows that it makes itself: of the table it reads nothing, so neither its size nor what is
-    written meanwhile matters.
+    Each shard is asked for rows that it generates itself. It reads nothing of the table, so neither the table's size nor
+    concurrent writes matter.
 
     Args:
         client: a connection to the server that is asked.

@@ -2,10 +2,8 @@
 an error that names it. Those with which nothing can be decided are in `sweep.UNDECIDED`, with the reason.
 """
 
-import json
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 
@@ -35,16 +33,11 @@ def server(
 
 @pytest.mark.slow
 def test_each_setting_of_a_profile_gives_the_same_rows_or_an_error_that_names_it(
-    server: ClickHouseServer, users: list[ClickHouseUser], sample_end: datetime, tmp_path: Path
+    server: ClickHouseServer, users: list[ClickHouseUser], sample_end: datetime
 ) -> None:
     def connection(user: str) -> ClickHouseResource:
         return sweep.connection(server, user)
 
     expected = sweep.answers(connection(server.user), sample_end)
-    assert all(expected.values())
-    wrong, refused = sweep.wrong(users, connection, expected, sample_end)
-    (tmp_path / "wrong.json").write_text(json.dumps(wrong, indent=1))
-    assert not [name for name, said in wrong.items() if said.startswith("other rows")]
-    assert {name: said for name, said in wrong.items() if name.split("__")[0] not in sweep.UNDECIDED} == {}
     assert len(users) > 1000
-    assert refused > 10
+    sweep.hold(users, connection, expected, sample_end)

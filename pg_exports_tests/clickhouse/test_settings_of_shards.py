@@ -2,10 +2,8 @@
 same rows come, or an error that names it. Those with which nothing can be decided are in `sweep.UNDECIDED`, with the reason.
 """
 
-import json
 from collections.abc import Iterator
 from datetime import datetime
-from pathlib import Path
 
 import pytest
 
@@ -41,7 +39,7 @@ def cluster(
 
 @pytest.mark.slow
 def test_each_setting_of_a_shards_profile_gives_the_same_rows_or_an_error_that_names_it(
-    cluster: Cluster, users: list[ClickHouseUser], sample_end: datetime, tmp_path: Path
+    cluster: Cluster, users: list[ClickHouseUser], sample_end: datetime
 ) -> None:
     def connection(user: str, database: str = DISTRIBUTED) -> ClickHouseResource:
         return sweep.connection(cluster.servers[0], user, database)
@@ -50,10 +48,5 @@ def test_each_setting_of_a_shards_profile_gives_the_same_rows_or_an_error_that_n
     expected = sweep.answers(connection(PLAIN.name), sample_end)
     whole = sweep.answers(connection(PLAIN.name, sweep.DATABASE), sample_end)
     assert all(expected[name] == rows for name, rows in whole.items() if name != sweep.OWN.name)
-    assert all(expected.values())
-    wrong, refused = sweep.wrong(users, connection, expected, sample_end)
-    (tmp_path / "wrong.json").write_text(json.dumps(wrong, indent=1))
-    assert not [name for name, said in wrong.items() if said.startswith("other rows")]
-    assert {name: said for name, said in wrong.items() if name.split("__")[0] not in sweep.UNDECIDED} == {}
     assert len(users) > 1000
-    assert refused > 10
+    sweep.hold(users, connection, expected, sample_end)
