@@ -14,7 +14,7 @@ from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Interval
 from pg_exports.models import Model
 from pg_exports.partitions import IntervalLength
-from pg_exports.postgres import PostgresResource, ledger
+from pg_exports.postgres import PostgresResource, ledger, registry
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.table import Destination
 
@@ -45,7 +45,9 @@ def exported(
     with postgres.session(destination.database) as session, session.transaction():
         if not (tables.exists(session, destination) and ledger.exists(session, destination.schema)):
             return {}
-        table = tables.inspect(session, destination, model)
+        table = registry.look_up(session, tables.inspect(session, destination, model))
+        if table is None:
+            return {}
         return ledger.fingerprints(session, table, export, team_id, span)
 
 

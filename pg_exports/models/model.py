@@ -124,12 +124,11 @@ def timestamptz(name: str, *sources: str, optional: bool = False) -> Column:
 class Merge:
     """How a row replaces the one with the same primary key that Postgres holds.
 
-    It does when its `version` columns, compared in order with NULL lowest, are greater. With `or_changed` it also does
-    when they are equal and any other column differs.
+    It does when its `version` columns, compared in order with NULL lowest, are greater; and when they are equal, any other
+    column differs, and it was read later.
     """
 
     version: tuple[str, ...]
-    or_changed: bool = False
 
 
 @dataclass(frozen=True)
@@ -290,6 +289,7 @@ class Model:
         source_tables: the tables that it reads.
         identity_scheme: what the rows' identities are made of, where a user may change that: identities of another scheme tell
             nothing of these. A word without spaces and colons.
+        has_teams: its query selects the rows of one team; without, an export's `team_id` changes nothing.
         one_interval_a_query: its query cannot tell in which of several intervals a row counts: each is asked for alone.
     """
 
@@ -308,6 +308,7 @@ class Model:
     timestamps: tuple[str, str] | None = None
     source_tables: tuple[str, ...] = ()
     one_interval_a_query: bool = False
+    has_teams: bool = True
     identity_scheme: str = ""
 
     def check_filters(self, filters: Sequence[PropertyFilter]) -> None:

@@ -130,6 +130,7 @@ class OwnModel(BaseModel):
             fingerprints=None if self.version else self._fingerprints,
             timestamps=(times[0], times[0]) if times else None,
             one_interval_a_query=True,
+            has_teams=any(found["name"] == "team_id" for found in _PLACEHOLDER.finditer(_bare(self.query))),
             identity_scheme=self._identity_scheme(),
         )
 

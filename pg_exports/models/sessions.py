@@ -183,7 +183,7 @@ SESSIONS = Model(
         *(text(f"entry_{name}", *_of(f"initial_{name}")) for name in CLICK_IDS),
     ),
     key=("team_id", "session_id"),
-    merge=Merge(version=("end_timestamp",), or_changed=True),
+    merge=Merge(version=("end_timestamp",)),
     query=query,
     dictionary=channel_type.DICTIONARY,
     query_without_dictionary=query_without_channel_types,

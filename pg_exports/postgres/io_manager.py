@@ -19,9 +19,10 @@ from pg_exports import lineage
 from pg_exports.errors import PassingError, SettingsError
 from pg_exports.interval import SAMPLE, Counts, Interval, IntervalFrames, spanned
 from pg_exports.pool import further_slots
-from pg_exports.postgres import ledger, rejected, writer
+from pg_exports.postgres import ledger, registry, rejected, writer
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
+from pg_exports.postgres.merge import SupersededError
 from pg_exports.postgres.resource import PostgresResource
 from pg_exports.postgres.session import MERGE_TIMEOUT, Session
 from pg_exports.postgres.table import Destination, DestinationTable
@@ -37,6 +38,9 @@ ROWS_TOGETHER = 100_000
 
 GAPS = timedelta(days=90)
 """How far before a run's last interval its check looks for missing ones."""
+
+TRIES_OF_A_MERGE = 20
+"""How often an interval is read again at once because other runs merged the same rows while it was read."""
 
 GROWTH = 8
 """How many times more intervals the next transaction may have than the last one."""
@@ -103,12 +107,22 @@ class PostgresIOManager(dg.ConfigurableIOManager):
                 table = tables.ensure(session, destination, export.model, key_index=export.deduplicate == "table")
                 ledger.ensure(session, destination.schema)
                 rejected.ensure(session, destination.schema)
-            todo, together = export.intervals, 1
+                registry.ensure(session, destination.schema)
+                registry.recognise(session, table, export.team_id)
+            todo, together, is_first, superseded = export.intervals, 1, True, 0
             while todo:
                 some = _together(todo, together, progress.alone)
                 began = time.monotonic()
                 try:
-                    outcome = writer.write(session, destination, export, some, context.run_id, context.log, others)
+                    outcome = writer.write(
+                        session, destination, export, some, context.run_id, context.log, others, is_first=is_first
+                    )
+                except SupersededError as error:
+                    superseded += 1
+                    if superseded > TRIES_OF_A_MERGE:
+                        raise
+                    context.log.info(f"{error} {spanned(some)} is read again.")
+                    continue
                 except Exception as error:
                     if len(some) == 1:
                         raise
@@ -117,6 +131,7 @@ class PostgresIOManager(dg.ConfigurableIOManager):
                     if isinstance(error, PassingError):
                         raise
                     continue
+                is_first, superseded = False, 0
                 self._note(context, export, progress, outcome, time.monotonic() - began, table)
                 todo = todo[len(outcome.counts) :]
                 together = _next_together(outcome.counts)
@@ -229,7 +244,7 @@ def _look_back(session: Session, destination: Destination, export: IntervalFrame
     """Find in the table and its ledger what the run's checks compare with."""
     findings, first, last = export.findings, export.intervals[0], export.intervals[-1]
     with session.transaction():
-        table = tables.inspect(session, destination, export.model)
+        table = registry.recognise(session, tables.inspect(session, destination, export.model), export.team_id)
         for column in table.lacking:
             found = findings.lacking_optional if column.optional else findings.lacking
             found[column.name] = table.added(column)

@@ -40,7 +40,7 @@ CREATE TABLE IF NOT EXISTS {journal} (
 
 # What overlaps `[first, last)`. No interval is longer than a week and an hour, by which the index finds those that do.
 OVERLAPPING = """
-    destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4
+    destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = ANY($4::text::bigint[])
     AND interval_start > first - interval '8 days' AND interval_start < last AND interval_end > first
 """
 
@@ -59,7 +59,7 @@ def read(session: Session, table: DestinationTable, team_id: int, interval: Inte
         WHERE {OVERLAPPING}
         """,
         *table.identity,
-        team_id,
+        table.teams(team_id),
         interval.start,
         interval.end,
         doing="reading the keys of earlier runs",

@@ -79,8 +79,6 @@ ON CONFLICT (destination, table_oid, table_filenode, team_id, interval_start, in
     committed_at = excluded.committed_at
 """
 
-# One statement, one snapshot: were the ledger read first and the table later, the rows that another run commits in
-# between would pass for rows that were there before.
 # Of an interval that several exports wrote, each one's journal must be whole.
 _PAST = f"""
 WITH
@@ -127,15 +125,7 @@ WITH
         GROUP BY number
     )
 SELECT
-    coalesce(
-        (
-            SELECT rows_before FROM {{ledger}}
-            WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
-            LIMIT 1
-        ),
-        EXISTS (SELECT FROM {{table}})
-    ),
-    found.number IS NOT NULL,
+    found.number IS NOT NULL OR EXISTS (SELECT FROM journaled WHERE journaled.number = asked.number),
     coalesce(found.is_journaled, true),
     coalesce(found.keys, 0)::bigint,
     coalesce(found.fingerprints, ''),
@@ -164,7 +154,7 @@ FROM (
         max(interval_end) OVER (ORDER BY interval_start ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS covered
     FROM {ledger}
     WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4 AND export = $5
-        AND interval_start >= $6::text::timestamptz
+        AND interval_start >= $6::text::timestamptz AND rows_missing = 0
 ) AS intervals
 WHERE interval_start > covered
 ORDER BY interval_start
@@ -176,8 +166,6 @@ class Past:
     """What a table has of an interval's rows, and how that is known.
 
     Attributes:
-        rows_before: the table had rows before pg_exports first wrote to it (as it is now: a table that was truncated or
-            made anew is another one).
         has_interval: intervals that overlap this one were committed to it.
         is_journaled: the journals hold the keys of all of their rows, made as the model makes them now, and the partitions
             that these went into are there.
@@ -186,7 +174,6 @@ class Past:
         by_this_run: the counts, where this run itself has committed the interval (in an earlier try).
     """
 
-    rows_before: bool
     has_interval: bool
     is_journaled: bool
     keys: int
@@ -225,11 +212,11 @@ def past(
 ) -> list[Past]:
     """What the table has of the team's rows of each interval. To be asked under `locks.lock`, in a statement of its own."""
     schema = table.destination.schema
-    sql = _PAST.format(ledger=quoted(schema, TABLE), journal=quoted(schema, journal.TABLE), table=table.qualified)
+    sql = _PAST.format(ledger=quoted(schema, TABLE), journal=quoted(schema, journal.TABLE))
     rows = session.rows(
         sql,
         *table.identity,
-        team_id,
+        table.teams(team_id),
         [interval.start.isoformat() for interval in intervals],
         [interval.end.isoformat() for interval in intervals],
         _array(table.partition_filenodes),
@@ -240,14 +227,13 @@ def past(
     )
     return [
         Past(
-            rows_before=bool(rows_before),
             has_interval=bool(has_interval),
             is_journaled=bool(is_journaled),
             keys=int(str(keys)),
             fingerprints=frozenset(str(fingerprints).split()),
             by_this_run=Counts(**json.loads(str(by_this_run))) if by_this_run else None,
         )
-        for rows_before, has_interval, is_journaled, keys, fingerprints, by_this_run in rows
+        for has_interval, is_journaled, keys, fingerprints, by_this_run in rows
     ]
 
 
@@ -314,7 +300,6 @@ def record(
     *,
     export: str,
     team_id: int,
-    rows_before: bool,
     run_id: str,
     started_at: datetime,
 ) -> None:
@@ -337,7 +322,7 @@ def record(
         _array(table.partition_filenodes),
         team_id,
         export,
-        rows_before,
+        table.rows_before,
         run_id,
         started_at,
         json.dumps(rows),

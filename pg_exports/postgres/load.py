@@ -24,6 +24,7 @@ from pg_exports.postgres.journal import Journal, Sieve
 from pg_exports.postgres.ledger import Past
 from pg_exports.postgres.merge import Merged
 from pg_exports.postgres.progress import Progress
+from pg_exports.postgres.registry import Writing
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 from pg_exports.postgres.tally import Tally, by_interval, counted
@@ -54,9 +55,7 @@ class Loading:
     @property
     def goes_straight_in(self) -> bool:
         """Whether the rows that no journal knows are not in the table, and stay when COPY has taken them."""
-        return may_go_straight_in(self.export, self.table, self._past) and (
-            self._is_known or not self._past.has_interval
-        )
+        return may_go_straight_in(self.export, self.table) and (self._is_known or not self._past.has_interval)
 
     @property
     def _past(self) -> Past:
@@ -76,9 +75,9 @@ class Loading:
         return None if there.is_empty() else there
 
 
-def may_go_straight_in(export: IntervalFrames, table: DestinationTable, past: Past) -> bool:
+def may_go_straight_in(export: IntervalFrames, table: DestinationTable) -> bool:
     """Whether rows that no earlier run has brought are not in the table, and stay when COPY has taken them."""
-    return not (export.model.merge or past.rows_before or export.deduplicate == "table" or table.may_drop_rows)
+    return not (export.model.merge or table.rows_before or export.deduplicate == "table" or table.may_drop_rows)
 
 
 @dataclass(eq=False)
@@ -103,6 +102,8 @@ class Load:
     seconds: Seconds = field(default_factory=Seconds)
     repaired: Counter[str] = field(default_factory=Counter)
     _sieve: Sieve | None = field(init=False)
+    _writing: Writing = field(init=False)
+    _read_since: str = ""
     _staging: str | None = None
     _staged: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _answer: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -112,6 +113,7 @@ class Load:
         loading = self.loading
         self.tallies = {interval.position: Tally(interval, loading.export.model) for interval in loading.intervals}
         self._sieve = None if self.keys is None else Sieve(self.keys)
+        self._writing = Writing(self.session, loading.table)
 
     @property
     def is_staged(self) -> bool:
@@ -133,12 +135,15 @@ class Load:
         """
         loading = self.loading
         several = len(loading.intervals) > 1
+        self._writing.begin()
+        self._read_since = merge.snapshot(self.session)
         if not loading.goes_straight_in:
             staging = merge.staging_table(self.session, loading.table, of_several_intervals=several)
             self._staging = self._staged.enter_context(staging)
         record = Journal(self.session, loading.table, loading.export.team_id, loading.export.export, loading.run_id)
 
         def landed(rows: pl.DataFrame, repaired: pl.Series) -> None:
+            self._writing.sample(rows)
             for start, some in by_interval(rows.with_columns(repaired.alias(_REPAIRED))):
                 self.tallies[start].add(some, some[_REPAIRED], loading.table)
                 if IDENTITY in some.columns:
@@ -173,20 +178,24 @@ class Load:
         """Merge what was copied into a staging table. Raises as `copy`."""
         loading = self.loading
         began = time.monotonic()
+        rule = loading.export.model.merge
         if self._staging is None:
             for tally in self.tallies.values():
                 tally.merged = Merged(tally.copied, 0)
-        elif loading.export.model.merge and len(loading.intervals) > 1:
-            rule = loading.export.model.merge
-            for start, merged in merge.merge_intervals(self.session, loading.table, self._staging, rule).items():
-                self.tallies[start].merged = merged
+        elif rule and len(loading.intervals) > 1:
+            merged = merge.merge_intervals(self.session, loading.table, self._staging, rule, self._read_since)
+            for start, rows in merged.items():
+                self.tallies[start].merged = rows
         else:
             [tally] = self.tallies.values()
             if tally.copied:
                 if not loading.export.model.merge:
                     _advise_index(self.session, loading.table, loading.log)
-                tally.merged = merge.merge(self.session, loading.table, self._staging)
+                tally.merged = merge.merge(self.session, loading.table, self._staging, self._read_since)
+        if self._staging and rule:
+            merge.check_superseded(self.session, loading.table, self._staging, rule, self._read_since)
         self._staged.close()
+        self._writing.end(sum(tally.merged.inserted for tally in self.tallies.values()))
         self.seconds.merge += time.monotonic() - began
 
     def stop(self) -> None:

@@ -9,8 +9,9 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pg_exports.errors import PassingError
 from pg_exports.models import Kind, Merge
-from pg_exports.postgres import schemas, types
+from pg_exports.postgres import registry, schemas, types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import MERGE_TIMEOUT, Session
 from pg_exports.postgres.table import DestinationTable
@@ -69,15 +70,34 @@ def staging_table(session: Session, table: DestinationTable, *, of_several_inter
     session.execute(f"DROP TABLE {quoted(schema, name)}", doing="dropping the staging table")
 
 
-def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
+class SupersededError(PassingError):
+    """Another run, which may have read the source later, merged some of the same rows meanwhile: read them again."""
+
+
+def snapshot(session: Session) -> str:
+    """What the table is at this moment, for `merge` to tell rows that another run has written since. To be taken before
+    the source is read.
+    """
+    [(text,)] = session.rows("SELECT pg_current_snapshot()::text", doing="taking a snapshot")
+    return str(text)
+
+
+def merge(session: Session, table: DestinationTable, staging: str, read_since: str) -> Merged:
     """Bring the staging table's rows into the destination: the missing ones, and those that replace an older one.
+
+    A row replaces one of the same version that differs from it, too, as it was read later. Not if another run has written
+    that since `read_since`, the `snapshot` from before the source was read: which of the two read later is not known then.
 
     Where a trigger or a rule of the table's may have kept some of them out, each is looked up then.
     """
     rule = table.model.merge
     _give_memory(session)
-    sql = _upsert(table, staging, rule, is_empty=_is_empty(session, table)) if rule else _insert_missing(table, staging)
-    [(inserted, updated)] = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
+    if rule:
+        sql, parameters = _upsert(table, staging, rule, is_empty=_is_empty(session, table)), [read_since]
+    else:
+        sql, parameters = _insert_missing(table, staging), []
+    doing = f"merging into {table.qualified}"
+    [(inserted, updated)] = session.rows(sql, *parameters, doing=doing, patience=MERGE_TIMEOUT)
     missing: object = 0
     if table.may_drop_rows:
         [(missing,)] = session.rows(
@@ -86,13 +106,15 @@ def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
     return Merged(int(str(inserted)), int(str(updated)), int(str(missing)))
 
 
-def merge_intervals(session: Session, table: DestinationTable, staging: str, rule: Merge) -> dict[int, Merged]:
+def merge_intervals(
+    session: Session, table: DestinationTable, staging: str, rule: Merge, read_since: str
+) -> dict[int, Merged]:
     """The same with the rows of several intervals, of which one may stand in several, the same in each. It is brought in
     for the first of them, as if that had been merged first. Gives what became of each interval's rows.
     """
     _give_memory(session)
     sql = _upsert_intervals(table, staging, rule, is_empty=_is_empty(session, table))
-    merged = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
+    merged = session.rows(sql, read_since, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
     missing: dict[int, int] = {}
     if table.may_drop_rows:
         rows = session.rows(
@@ -106,6 +128,33 @@ def merge_intervals(session: Session, table: DestinationTable, staging: str, rul
         interval: Merged(*counts.get(interval, (0, 0)), missing.get(interval, 0))
         for interval in counts.keys() | missing.keys()
     }
+
+
+def check_superseded(session: Session, table: DestinationTable, staging: str, rule: Merge, read_since: str) -> None:
+    """Make sure that `merge` left no row out that another run has written since `read_since`.
+
+    Raises:
+        SupersededError: it did.
+    """
+    if not registry.has_changed(session, table, read_since):
+        return
+    same = " AND ".join(f"d.{quoted(name)} = s.{quoted(name)}" for name in table.model.key)
+    [(superseded,)] = session.rows(
+        f"""
+        SELECT count(*)
+        FROM {quoted(table.destination.schema, staging)} AS s
+        JOIN {table.qualified} AS d ON {same}
+        WHERE {_version(table, rule, "s")} = {_version(table, rule, "d")} AND {_differs(table, "s")}
+            AND NOT {registry.was_there("d")} AND d.xmin <> pg_current_xact_id()::xid
+        """,
+        read_since,
+        doing="looking for rows of other runs",
+        patience=MERGE_TIMEOUT,
+    )
+    if superseded:
+        raise SupersededError(
+            f"Another run has merged {superseded} of the same rows into {table.qualified} while this one read them."
+        )
 
 
 def _give_memory(session: Session) -> None:
@@ -178,12 +227,14 @@ def _upsert(table: DestinationTable, staging: str, rule: Merge, *, is_empty: boo
 
 def _upsert_intervals(table: DestinationTable, staging: str, rule: Merge, *, is_empty: bool) -> str:
     key = ", ".join(quoted(name) for name in table.model.key)
+    # Intervals that were read one after the other may have a row in several states.
+    order = f"{_version(table, rule, 's')} DESC, {INTERVAL_COLUMN} DESC"
     return f"""
         WITH
             first AS MATERIALIZED (
                 SELECT DISTINCT ON ({key}) *
-                FROM {quoted(table.destination.schema, staging)}
-                ORDER BY {key}, {INTERVAL_COLUMN}
+                FROM {quoted(table.destination.schema, staging)} AS s
+                ORDER BY {key}, {order if table.model.one_interval_a_query else INTERVAL_COLUMN}
             ),
             written AS (
                 {_insert(table, "first", rule, is_empty=is_empty)}
@@ -231,12 +282,14 @@ def _is_new(table: DestinationTable) -> str:
 
 
 def _replaces(table: DestinationTable, rule: Merge, incoming: str) -> str:
-    newer = f"{_version(table, rule, incoming)} > {_version(table, rule, 'd')}"
-    if not rule.or_changed:
-        return f"({newer})"
-    not_older = f"{_version(table, rule, incoming)} >= {_version(table, rule, 'd')}"
-    changed = f"({_values(table, incoming)}) IS DISTINCT FROM ({_values(table, 'd')})"
-    return f"({not_older} AND {changed})"
+    of_incoming, of_table = _version(table, rule, incoming), _version(table, rule, "d")
+    is_newer = f"{of_incoming} > {of_table}"
+    is_changed = f"{of_incoming} = {of_table} AND {_differs(table, incoming)} AND {registry.was_there('d')}"
+    return f"({is_newer} OR ({is_changed}))"
+
+
+def _differs(table: DestinationTable, incoming: str) -> str:
+    return f"({_values(table, incoming)}) IS DISTINCT FROM ({_values(table, 'd')})"
 
 
 def _version(table: DestinationTable, rule: Merge, side: str) -> str:

@@ -4,6 +4,7 @@ Every wait is bounded: for a lock by the server, for an answer by a watchdog, fo
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -72,6 +73,12 @@ class Session:
         self._transaction: ServerTransaction | None = None
         self._is_in_transaction = False
         self.lost: ServerTransaction | None = None
+
+    @functools.cached_property
+    def version(self) -> int:
+        """The server's version, as 150004 for 15.4."""
+        [(version,)] = self.rows("SELECT current_setting('server_version_num')::int", doing="reading the version")
+        return int(str(version))
 
     def rows(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> list[tuple[object, ...]]:
         """The rows of one statement.

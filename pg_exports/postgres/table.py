@@ -1,6 +1,8 @@
 """The destination table: made where it is missing, and matched column by column where it is there. Never altered."""
 
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from pg_exports.errors import DestinationError, SettingsError
 from pg_exports.models import Column, Model
@@ -48,15 +50,37 @@ class Destination:
 
 
 @dataclass(frozen=True)
+class LedgerIdentity:
+    """What the ledger and the key journals know a table by, which stays when its files change and its rows do not.
+
+    Attributes:
+        oid, filenode: the numbers that it had when it was first written to.
+        partition_filenodes: of its partitions, likewise.
+        rows_before: it has rows that no export brought.
+        team_ids: the teams whose rows were exported to it; 0 for a model without teams.
+        known_since: when it was first written to, in microseconds since 1970.
+    """
+
+    oid: int
+    filenode: int
+    partition_filenodes: tuple[int, ...]
+    rows_before: bool
+    team_ids: tuple[int, ...]
+    known_since: int
+
+
+@dataclass(frozen=True)
 class DestinationTable:
     """The destination as it is now.
 
     Attributes:
         pairs: the columns that both sides have.
         oid, filenode: the identity that DROP and TRUNCATE change; a partitioned table has no filenode.
-        partition_filenodes: those of its partitions.
+        files: the filenode of each relation that holds its rows, by its oid: of the table itself, or of its partitions.
         may_drop_rows: triggers or rules of the user's own see rows that are written, and may drop or move them.
         lacking: the model's columns, optional ones among them, that the table has not.
+        place: the cluster and the database that it is in.
+        in_ledger: what the ledger knows it by; None before the registry was asked.
     """
 
     destination: Destination
@@ -64,9 +88,11 @@ class DestinationTable:
     pairs: list[tuple[Column, DestinationColumn]]
     oid: int
     filenode: int | None
-    partition_filenodes: tuple[int, ...] = ()
+    files: Mapping[int, int] = field(default_factory=dict)
     may_drop_rows: bool = False
     lacking: tuple[Column, ...] = ()
+    place: str = ""
+    in_ledger: LedgerIdentity | None = None
 
     @property
     def qualified(self) -> str:
@@ -80,7 +106,26 @@ class DestinationTable:
     @property
     def identity(self) -> tuple[str, int, int]:
         """Name, oid and filenode: the ledger and the journals know the table by these."""
-        return self.destination.table, self.oid, self.filenode or NO_FILE
+        known = self.in_ledger
+        numbers = (known.oid, known.filenode) if known else (self.oid, self.filenode or NO_FILE)
+        return self.destination.table, *numbers
+
+    @property
+    def partition_filenodes(self) -> tuple[int, ...]:
+        """The numbers of its partitions' files, by which the ledger knows them."""
+        if self.in_ledger:
+            return self.in_ledger.partition_filenodes
+        return tuple(sorted(self.files.values())) if self.filenode is None else ()
+
+    def teams(self, team_id: int) -> str:
+        """The teams as whose rows the ledger may have those of an export of this team, as a bigint[] of Postgres's."""
+        known = self.in_ledger.team_ids if self.in_ledger and not self.model.has_teams else ()
+        return "{" + ",".join(map(str, sorted({team_id, *known}))) + "}"
+
+    @property
+    def rows_before(self) -> bool:
+        """Whether it has rows that no export brought."""
+        return self.in_ledger is not None and self.in_ledger.rows_before
 
     @property
     def column_names(self) -> list[str]:
@@ -127,7 +172,15 @@ def inspect(session: Session, destination: Destination, model: Model) -> Destina
     there = {column.name for column in columns}
     lacking = tuple(column for column in model.columns if column.name not in there)
     return DestinationTable(
-        destination, model, pairs, relation.oid, relation.filenode, relation.partition_filenodes, may_drop_rows, lacking
+        destination,
+        model,
+        pairs,
+        relation.oid,
+        relation.filenode,
+        relation.files,
+        may_drop_rows,
+        lacking,
+        relation.place,
     )
 
 
@@ -180,8 +233,9 @@ class _Relation:
     oid: int
     kind: str
     filenode: int | None
-    partition_filenodes: tuple[int, ...]
+    files: Mapping[int, int]
     triggers: int
+    place: str
 
 
 def _relation(session: Session, destination: Destination) -> _Relation | None:
@@ -204,12 +258,17 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
             r.oid::bigint,
             r.relkind::text,
             pg_relation_filenode(r.oid)::bigint,
-            (SELECT string_agg(pg_relation_filenode(oid)::text, ' ') FROM leaves),
+            (SELECT json_object_agg(oid::bigint, pg_relation_filenode(oid)::bigint)::text FROM leaves),
             CASE WHEN r.relhasrules THEN -1 ELSE (
                 SELECT bit_or(tgtype) FROM pg_trigger
                 WHERE tgrelid IN (SELECT r.oid UNION ALL SELECT oid FROM leaves)
                     AND NOT tgisinternal AND tgenabled <> 'D'
-            ) END
+            ) END,
+            (
+                SELECT system_identifier || '/' || oid
+                FROM pg_control_system(), pg_database
+                WHERE datname = current_database()
+            )
         FROM relation AS r
         """,
         destination.schema,
@@ -218,13 +277,17 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
     )
     if not rows:
         return None
-    [(oid, kind, filenode, leaves, triggers)] = rows
+    [(oid, kind, filenode, leaves, triggers, place)] = rows
+    files = {int(leaf): int(number) for leaf, number in json.loads(str(leaves or "{}")).items()}
+    if filenode is not None:
+        files = {int(str(oid)): int(str(filenode))}
     return _Relation(
         int(str(oid)),
         str(kind),
         None if filenode is None else int(str(filenode)),
-        tuple(sorted(map(int, str(leaves or "").split()))),
+        files,
         int(str(triggers or 0)),
+        str(place),
     )
 
 

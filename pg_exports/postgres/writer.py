@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Seconds, spanned
-from pg_exports.postgres import ledger, locks, rejected, streams
+from pg_exports.postgres import ledger, locks, registry, rejected, streams
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.ledger import Past, Written
 from pg_exports.postgres.load import Load, Loading, may_go_straight_in
@@ -54,6 +54,8 @@ def write(
     run_id: str,
     log: logging.Logger,
     others: Sequence[Session] = (),
+    *,
+    is_first: bool = True,
 ) -> Outcome:
     """Bring the table to where one run of the first interval would have left it, and say so in the ledger; and likewise for
     the intervals that follow it, up to the first one that another run holds or that must be written in another way.
@@ -66,6 +68,7 @@ def write(
         run_id: of the run.
         log: where to say what helps.
         others: further sessions, for an interval that is written alone.
+        is_first: the session has written nothing yet.
 
     Raises:
         DestinationError, SourceError, PassingError: nothing was written, or with `others` what the ledger says. Where the
@@ -77,7 +80,14 @@ def write(
     with session.transaction():
         free = locks.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
         tables.lock(session, destination)
-        table = tables.inspect(session, destination, export.model)
+        table = registry.recognise(session, tables.inspect(session, destination, export.model), export.team_id)
+        if may_go_straight_in(export, table):
+            table = registry.find_others(session, table, is_first=is_first)
+            if table.rows_before:
+                log.warning(
+                    f"Rows came into {table.qualified} by another way than exports. From now on each interval is compared "
+                    "with the table, so that no row lands twice."
+                )
         known = ledger.past(session, table, free, export=export.export, team_id=export.team_id, run_id=run_id)
         pasts = dict(zip(free, known, strict=True))
         way = _way(export, table, known[0])
@@ -90,7 +100,6 @@ def write(
             table=table,
             export=export.export,
             team_id=export.team_id,
-            rows_before=known[0].rows_before,
             run_id=run_id,
             started_at=started_at,
         )
@@ -126,7 +135,7 @@ def _way(export: IntervalFrames, table: DestinationTable, past: Past) -> _Way:
         return _Way.MERGED
     if past.fingerprints and export.model.fingerprints and not export.replay:
         return _Way.RECORDED
-    return _Way.LACKING if past.has_interval or not may_go_straight_in(export, table, past) else _Way.STRAIGHT
+    return _Way.LACKING if past.has_interval or not may_go_straight_in(export, table) else _Way.STRAIGHT
 
 
 def _unchanged(

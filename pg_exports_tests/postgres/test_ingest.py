@@ -73,9 +73,10 @@ def load_by(session: Session, destination: Destination, model: Model, *rows: Row
     with session.transaction():
         if not (model.merge or staged):
             return Merged(copy(session, table, destination.table, *rows), 0)
+        read_since = merge.snapshot(session)
         with merge.staging_table(session, table) as staging:
             copy(session, table, staging, *rows)
-            return merge.merge(session, table, staging)
+            return merge.merge(session, table, staging, read_since)
 
 
 def copy(session: Session, table: DestinationTable, into: str, *rows: Row) -> int:

@@ -138,7 +138,7 @@ def test_writing_needs_nothing_but_insert_select_and_update_where_the_tables_are
     """Tables that another role made: each is an error with its GRANT, which is all that it takes."""
     export = export_of("events", target, hour)
     run(export, partition_key(hour - HOUR))
-    tables = ["events", "pg_exports_ledger", "pg_exports_keys", "pg_exports_rejected"]
+    tables = ["events", "pg_exports_ledger", "pg_exports_keys", "pg_exports_rejected", "pg_exports_tables"]
     target.execute(
         *(f"ALTER TABLE {table} OWNER TO CURRENT_USER" for table in tables),
         *(f"REVOKE ALL ON {table} FROM {ROLE}" for table in tables),

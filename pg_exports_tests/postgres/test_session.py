@@ -200,7 +200,7 @@ def test_no_parameter_and_no_copy_ends_the_transaction_that_it_stands_in(target:
             copy(session, table, "events", event(1), event(2, timestamp=None))
             with merge.staging_table(session, table) as staging:
                 copy(session, table, staging, event(2), event(3))
-                assert merge.merge(session, table, staging) == Merged(1, 0)
+                assert merge.merge(session, table, staging, merge.snapshot(session)) == Merged(1, 0)
             assert session.rows("SELECT pg_current_xact_id()::text", doing="asking") == before
             assert target.count("events") == 0
     assert target.count("events") == 3

@@ -226,7 +226,7 @@ def test_json_that_has_no_equality_is_compared_all_the_same(target: Target) -> N
         Column("version", Kind.INTEGER, "BIGINT"),
         Column("value", Kind.JSON, "JSONB"),
     )
-    model = Model("things", "", columns, ("id",), Merge(("version",), or_changed=True), EVENTS.query)
+    model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query)
     create(target, "things", "id bigint PRIMARY KEY", "version bigint", "value json")
     row = {"id": 1, "version": 1, "value": "{}"}
     assert load(target, model, row) == Merged(1, 0)
