@@ -360,7 +360,7 @@ def test_a_grant_on_the_schema_that_is_missing_is_given(privilege: str, check: C
     assert f'GRANT USAGE, CREATE ON SCHEMA "{target.schema}" TO "{ROLE}";' in failed.text
 
 
-EVENTS = "CREATE TABLE events (uuid text, event text, timestamp timestamptz, team_id int)"
+EVENTS = "CREATE TABLE events (uuid text, event text, distinct_id text, timestamp timestamptz, team_id int)"
 PERSONS = (
     "CREATE TABLE persons (team_id int, distinct_id text, person_id text, properties jsonb, "
     "person_distinct_id_version bigint, person_version bigint, created_at timestamptz, is_deleted boolean)"

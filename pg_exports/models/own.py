@@ -130,6 +130,7 @@ class OwnModel(BaseModel):
             fingerprints=None if self.version else self._fingerprints,
             timestamps=(times[0], times[0]) if times else None,
             one_interval_a_query=True,
+            key_may_be_null=True,
             identity_scheme=self._identity_scheme(),
         )
 

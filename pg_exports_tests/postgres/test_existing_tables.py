@@ -25,7 +25,7 @@ POSTHOGS_PERSONS = """
 
 EVENTS = {
     "other types": """
-        "timestamp" timestamp, team_id numeric, properties json, set text, distinct_id char(40), event text,
+        "timestamp" timestamp, team_id numeric, properties json, set text, distinct_id text, event text, ip char(40),
         uuid uuid NOT NULL, inserted_at timestamptz, note text, loaded_at timestamptz NOT NULL DEFAULT now()
     """,
     'An "odd" name; and widths': """

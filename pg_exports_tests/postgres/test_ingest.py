@@ -199,13 +199,6 @@ def test_rows_that_went_in_are_told_with_their_identity_and_those_that_did_not_a
     assert target.count("events") == 2
 
 
-def test_a_table_with_row_level_security_is_refused_in_postgress_words(target: Target) -> None:
-    create(target, "events", "uuid text")
-    target.execute("ALTER TABLE events ENABLE ROW LEVEL SECURITY")
-    with pytest.raises(DestinationError, match="row-level security"):
-        load(target, EVENTS, event())
-
-
 def test_a_database_that_cannot_hold_every_character_is_an_error_that_names_the_row(target: Target) -> None:
     target.sandbox.postgres.execute(
         "CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0",
