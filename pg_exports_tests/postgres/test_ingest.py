@@ -134,7 +134,7 @@ def test_a_value_of_many_megabytes_lands_whole(target: Target) -> None:
     assert target.rows("SELECT max(length(properties->>'a')) FROM events") == [(3_000_000,)]
 
 
-# What the table has beside uuid, the value that does not fit, what the error says.
+# What the table has beside uuid and what else tells events apart, the value that does not fit, what the error says.
 MISFITS: list[tuple[str, Row, str]] = [
     ("event varchar(3)", {"event": "four"}, "Column event of"),
     ("team_id smallint", {"team_id": 32_768}, "Column team_id of"),
@@ -153,7 +153,14 @@ MISFITS: list[tuple[str, Row, str]] = [
 @pytest.mark.parametrize("staged", [False, True], ids=["straight in", "staged"])
 def test_a_value_that_does_not_fit_names_column_and_row_and_nothing_is_written(staged: bool, target: Target) -> None:
     good: Row = {"ip": "x", "event": "ok", "properties": "{}", "distinct_id": UUID.format(1)}
-    made = [creation(f"t{n}", "uuid text", columns) for n, (columns, *_) in enumerate(MISFITS)]
+    made = [
+        creation(
+            f"t{n}",
+            columns,
+            *(f"{name} text" for name in ("uuid", "event", "distinct_id") if not columns.startswith(f"{name} ")),
+        )
+        for n, (columns, *_) in enumerate(MISFITS)
+    ]
     target.execute(*itertools.chain.from_iterable(made))
     with target.resource().session() as session:
         for n, (_, changes, reason) in enumerate(MISFITS):
@@ -166,7 +173,8 @@ def test_a_value_that_does_not_fit_names_column_and_row_and_nothing_is_written(s
 
 
 def test_rows_that_no_partition_takes_are_an_error_and_the_others_land_in_theirs(target: Target) -> None:
-    create(target, "events", "uuid uuid", '"timestamp" timestamptz', after='PARTITION BY RANGE ("timestamp")')
+    columns = 'uuid uuid, event text, distinct_id text, "timestamp" timestamptz'
+    create(target, "events", columns, after='PARTITION BY RANGE ("timestamp")')
     target.execute("CREATE TABLE january PARTITION OF events FOR VALUES FROM ('2026-01-01') TO ('2026-02-01')")
     load(target, EVENTS, event(1), event(2))
     assert load(target, EVENTS, event(2), event(3), staged=True) == Merged(1, 0)
