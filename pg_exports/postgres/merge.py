@@ -82,15 +82,25 @@ def merge(session: Session, table: DestinationTable, staging: str) -> Merged:
     """
     rule = table.model.merge
     _give_memory(session)
+    absent = _count_missing(session, table, staging)
     sql = _upsert(table, staging, rule, is_empty=_is_empty(session, table)) if rule else _insert_missing(table, staging)
     rows = session.rows(sql, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
     [(inserted, updated)] = rows if rule else _told_apart(table, rows)
-    missing: object = 0
-    if table.may_drop_rows:
-        [(missing,)] = session.rows(
-            f"SELECT count(*) {_missing(table, staging)}", doing="looking the rows up", patience=MERGE_TIMEOUT
-        )
-    return Merged(int(str(inserted)), int(str(updated)), int(str(missing)))
+    missing = _count_missing(session, table, staging)
+    # A trigger may also take out or change what it has let in: that does not count as inserted.
+    stayed = (
+        int(str(inserted)) if rule or not table.may_drop_rows else max(0, min(int(str(inserted)), absent - missing))
+    )
+    return Merged(stayed, int(str(updated)), missing)
+
+
+def _count_missing(session: Session, table: DestinationTable, staging: str) -> int:
+    """How many of the staging table's rows are not in the destination, if it may drop some; else nobody needs to know."""
+    if not table.may_drop_rows:
+        return 0
+    sql = f"SELECT count(*) {_missing(table, staging)}"
+    [(missing,)] = session.rows(sql, doing="looking the rows up", patience=MERGE_TIMEOUT)
+    return int(str(missing))
 
 
 def merge_intervals(session: Session, table: DestinationTable, staging: str, rule: Merge) -> dict[int, Merged]:

@@ -214,6 +214,18 @@ def test_where_null_is_a_value_of_a_key_its_rows_are_recognised_in_each_type(
             assert load(target, model, *rows, staged=True) == Merged(0, 0)
 
 
+def test_rows_that_a_trigger_lets_in_under_another_key_count_as_missing_and_not_as_inserted(target: Target) -> None:
+    create(target, "events", "uuid text, event text, distinct_id text, ip text")
+    target.execute(
+        "CREATE FUNCTION lower_case() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN NEW.distinct_id = lower(NEW.distinct_id); NEW.ip = NULL; RETURN NEW; END'",
+        "CREATE TRIGGER lower_case BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION lower_case()",
+    )
+    assert load(target, EVENTS, event(1, ip="1.1.1.1"), staged=True) == Merged(1, 0)
+    rows = [event(1), event(2), *(event(n, distinct_id="D") for n in (3, 4))]
+    assert load(target, EVENTS, *rows, staged=True) == Merged(1, 0, 2)
+
+
 def test_no_staging_table_is_left_after_a_merge_or_a_failure(target: Target) -> None:
     load(target, PERSONS, person())
     with target.resource().session() as session:
