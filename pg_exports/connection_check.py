@@ -328,13 +328,17 @@ class _Destination:
             )
         statuses: tuple[tuple[Status, bool], ...] = (("warning", False), ("note", True))
         for status, optional in statuses:
-            lacking = [column for column in table.lacking if column.optional is optional]
+            lacking = [
+                column for column in table.lacking if column.optional is optional and column.name not in table.untold
+            ]
             if lacking:
                 yield (
                     status,
                     f"{destination.qualified} lacks {', '.join(column.name for column in lacking)}. To have "
                     f"{'it' if len(lacking) == 1 else 'them'} filled, run as its owner: {' '.join(map(table.added, lacking))}",
                 )
+        if table.why_not_asked and not self._model.merge:
+            yield "warning", table.why_not_asked
 
     def own_tables(self) -> Iterator[Said]:
         """Whether the ledger and what goes with it can be written, or made."""

@@ -138,7 +138,8 @@ class Findings:
         written: what became of each interval.
         rejected: some of the rows that were set aside.
         repaired: by column, how many of its values were repaired.
-        lacking: columns that the model could fill and the table lacks, each with the statement that adds it.
+        lacking: columns that the model could fill and the table lacks, each with the statement that adds it (empty if
+            adding it would not help the rows that are there).
         lacking_optional: the same of columns that a user may add, and an export does not create.
         history: rows at the source of the export's intervals that are in the ledger, by their bounds, of the time before
             the run's intervals and of these.

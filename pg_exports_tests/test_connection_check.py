@@ -360,7 +360,7 @@ def test_a_grant_on_the_schema_that_is_missing_is_given(privilege: str, check: C
     assert f'GRANT USAGE, CREATE ON SCHEMA "{target.schema}" TO "{ROLE}";' in failed.text
 
 
-EVENTS = "CREATE TABLE events (uuid text, event text, timestamp timestamptz, team_id int)"
+EVENTS = "CREATE TABLE events (uuid text, event text, distinct_id text, timestamp timestamptz, team_id int)"
 PERSONS = (
     "CREATE TABLE persons (team_id int, distinct_id text, person_id text, properties jsonb, "
     "person_distinct_id_version bigint, person_version bigint, created_at timestamptz, is_deleted boolean)"
@@ -388,8 +388,23 @@ GRANT = f"GRANT INSERT, SELECT, UPDATE ON ALL TABLES IN SCHEMA {{schema}} TO {RO
         ),
         ("persons", [PERSONS, GRANT], 'ALTER TABLE {table} ADD PRIMARY KEY ("team_id", "distinct_id");'),
         ("events", ["CREATE VIEW events AS SELECT 1 AS uuid"], "is no table"),
+        (
+            "events",
+            [EVENTS, "ALTER TABLE events SET UNLOGGED", GRANT],
+            "is UNLOGGED: a crash of the server empties it, and its intervals would still count as loaded. Run as its owner",
+        ),
+        (
+            "events",
+            [EVENTS, "ALTER TABLE events ENABLE ROW LEVEL SECURITY", GRANT],
+            f"Row-level security of {{table}} applies to the role {ROLE}: rows that are there would be hidden",
+        ),
+        (
+            "events",
+            [EVENTS, "ALTER TABLE events ALTER distinct_id TYPE char(40)", GRANT],
+            'Run as its owner: ALTER TABLE {table} ALTER COLUMN "distinct_id" TYPE TEXT;',
+        ),
     ],
-    ids=["no grant", "wrong type", "no uuid", "no primary key", "a view"],
+    ids=["no grant", "wrong type", "no uuid", "no primary key", "a view", "unlogged", "policies", "a blurred key"],
 )
 def test_a_table_that_does_not_fit_says_what_to_do(
     model: str, statements: list[str], remedy: str, check: Check, target: Target
@@ -409,6 +424,33 @@ def test_columns_that_the_table_lacks_are_a_warning_with_the_statement(check: Ch
     assert f'ALTER TABLE {table} ADD COLUMN "properties" JSONB;' in lacking
     assert "person_id" not in lacking
     assert f'ALTER TABLE {table} ADD COLUMN "person_id" TEXT;' in saying(steps, "note", "Table")
+
+
+def test_a_table_that_cannot_be_asked_for_keys_is_a_warning(check: Check, target: Target) -> None:
+    target.execute(EVENTS, "ALTER TABLE events DROP distinct_id", GRANT.format(schema=f'"{target.schema}"'))
+    warnings = [step.text for step in check() if step.status == "warning"]
+    assert any(
+        "has no distinct_id, and events that differ in nothing else would pass for one" in text for text in warnings
+    )
+    assert not any('ADD COLUMN "distinct_id"' in text for text in warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "remedy"),
+    [
+        ("OWNER TO CURRENT_USER", "GRANT INSERT, SELECT, UPDATE ON {table}"),
+        ("FORCE ROW LEVEL SECURITY", "ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY;"),
+        ("SET UNLOGGED", "ALTER TABLE {table} SET LOGGED;"),
+    ],
+)
+def test_a_table_of_pg_exports_that_does_not_fit_says_what_to_do(
+    change: str, remedy: str, check: Check, run: RunExport, target: Target, hour: datetime
+) -> None:
+    assert run(export_of("events", target, hour), partition_key(hour)).error is None
+    target.execute("ALTER TABLE pg_exports_keys ENABLE ROW LEVEL SECURITY", f"ALTER TABLE pg_exports_keys {change}")
+    failed, not_reached = failing(check())
+    assert (failed.name, not_reached) == ("Ledger", [])
+    assert remedy.format(table=f'"{target.schema}"."pg_exports_keys"') in failed.text
 
 
 def test_privileges_that_are_not_needed_are_a_warning_unless_the_role_owns_the_table(

@@ -9,6 +9,7 @@ from pydantic import ValidationError
 
 from pg_exports import PostgresExport
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
+from pg_exports_tests.postgres.test_ingest import creation
 from pg_exports_tests.source_rows import HOUR, export_of
 from pg_exports_tests.test_late_events import asked
 from pg_exports_tests.yaml_exports import Load, assets, refusal, said, yaml
@@ -115,6 +116,43 @@ def test_without_a_version_rows_are_appended_each_key_once_whatever_runs_again(
         (8, hour),
         (9, hour),
     ]
+
+
+@pytest.mark.parametrize("asked_by", ["replay", "VACUUM FULL", "deduplicate", "a trigger"])
+def test_where_null_is_a_value_of_a_key_its_rows_are_recognised_each_time_the_table_is_asked(
+    asked_by: str, orders: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    orders.insert("orders", order(hour, 7), order(hour, 7, customer=None), order(hour, 8, customer=None))
+    settings: dict[str, Any] = {"deduplicate": "table"} if asked_by == "deduplicate" else {}
+    export = own(target, hour, CHANGES | {"key": ["customer", "id"]}, **settings)
+    options = {"run_config": {"ops": {"changes": {"config": {"replay": True}}}}} if asked_by == "replay" else {}
+    assert run(export, partition_key(hour), **options).counts == (3, 0, 0)
+    for _ in range(2):
+        if asked_by == "VACUUM FULL":
+            target.execute("VACUUM FULL changes")
+        if asked_by == "a trigger":
+            target.execute(
+                "CREATE OR REPLACE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+                "CREATE OR REPLACE TRIGGER kept BEFORE INSERT ON changes FOR EACH ROW EXECUTE FUNCTION keep()",
+            )
+        target.execute("DELETE FROM pg_exports_ledger", "DELETE FROM pg_exports_keys")
+        assert run(export, partition_key(hour), **options).counts == (0, 0, 3)
+    assert target.count("changes") == 3
+
+
+def test_each_column_of_the_key_must_be_in_the_table(
+    orders: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    orders.insert("orders", order(hour, 7), order(hour + HOUR / 2, 7))
+    target.execute(*creation("changes", "id bigint"), "INSERT INTO changes VALUES (7)")
+    export = own(target, hour, CHANGES)
+    error = run(export, partition_key(hour)).error or ""
+    assert "lacks updated_at, which changes cannot do without, and has rows" in error
+    assert "ALTER TABLE" not in error
+    target.execute("DELETE FROM changes")
+    error = run(export, partition_key(hour)).error or ""
+    target.execute(error.partition("Run as its owner: ")[2].partition(";")[0])
+    assert run(export, partition_key(hour)).counts == (2, 0, 0)
 
 
 def test_the_sensor_finds_its_late_rows(orders: Source, target: Target, run: RunExport, hour: datetime) -> None:

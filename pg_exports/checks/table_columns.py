@@ -1,5 +1,7 @@
 """Warns of columns that an export would create and the table has not, and lists those that may be added."""
 
+from collections.abc import Mapping
+
 import dagster as dg
 
 from pg_exports.interval import Findings
@@ -22,11 +24,22 @@ def result(findings: Findings, export: str) -> dg.AssetCheckResult:
         check_name=NAME,
         passed=not lacking,
         severity=dg.AssetCheckSeverity.WARN,
-        description=(
-            f"The table lacks {', '.join(lacking)}: these values are not exported. Run as its owner, and later rows have "
-            f"them: {' '.join(lacking.values())} Or leave the columns out, in the export's `columns`."
-            if lacking
-            else None
-        ),
+        description=_remedy(lacking) if lacking else None,
         metadata={"lacking": dict(lacking), "may_be_added": dict(findings.lacking_optional)},
     )
+
+
+def _remedy(lacking: Mapping[str, str]) -> str:
+    parts = [f"The table lacks {', '.join(lacking)}: these values are not exported."]
+    statements = " ".join(statement for statement in lacking.values() if statement)
+    if statements:
+        parts.append(f"Run as its owner, and later rows have them: {statements}")
+    identity = [name for name, statement in lacking.items() if not statement]
+    if identity:
+        parts.append(
+            f"Rows are told apart by {', '.join(identity)}, which those that are there would lack: set the export's `table` "
+            "to another table, or to a name that is free."
+        )
+    if statements:
+        parts.append("Or leave the columns out, in the export's `columns`.")
+    return " ".join(parts)

@@ -183,6 +183,7 @@ def with_columns(model: Model, changes: Mapping[str, ColumnChange]) -> Model:
         model,
         columns=columns,
         key=tuple(names[name] for name in model.key if name in names),
+        left_out_of_key=tuple(name for name in model.key if name not in names),
         merge=replace(model.merge, version=tuple(names[name] for name in model.merge.version)) if model.merge else None,
         timestamps=_renamed(model.timestamps, names),
         query=read(model.query),

@@ -290,6 +290,8 @@ class Model:
         identity_scheme: what the rows' identities are made of, where a user may change that: identities of another scheme tell
             nothing of these. A word without spaces and colons.
         has_teams: its query selects the rows of one team; without, an export's `team_id` changes nothing.
+        key_may_be_null: NULL in a column of the key is a value like any other. Without it no row of the source has one there.
+        left_out_of_key: columns of the key that an export leaves out: without them not all rows can be told apart.
         one_interval_a_query: its query cannot tell in which of several intervals a row counts: each is asked for alone.
     """
 
@@ -310,6 +312,13 @@ class Model:
     one_interval_a_query: bool = False
     has_teams: bool = True
     identity_scheme: str = ""
+    key_may_be_null: bool = False
+    left_out_of_key: tuple[str, ...] = ()
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The columns whose values decide which rows are the same, and which is the newer one."""
+        return (*self.key, *(self.merge.version if self.merge else ()))
 
     def check_filters(self, filters: Sequence[PropertyFilter]) -> None:
         """Make sure that the model has what the filters look at.

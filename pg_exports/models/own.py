@@ -131,6 +131,7 @@ class OwnModel(BaseModel):
             timestamps=(times[0], times[0]) if times else None,
             one_interval_a_query=True,
             has_teams=any(found["name"] == "team_id" for found in _PLACEHOLDER.finditer(_bare(self.query))),
+            key_may_be_null=True,
             identity_scheme=self._identity_scheme(),
         )
 

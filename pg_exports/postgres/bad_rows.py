@@ -104,10 +104,10 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
             no_utf8 = (source.name, f"Column {source.name} holds a text that is no UTF-8, {cannot}")
             no_text = (source.name, f"Column {source.name} holds a NUL or half a surrogate pair, {cannot}")
             reasons = dict.fromkeys(mended, no_text) | dict.fromkeys(unread, no_utf8) | reasons
-        misfits, remedy = types.misfit(values, source, destination)
-        if misfits.any():
-            reason = _reason(source, destination, table, remedy)
-            reasons |= {row: (source.name, reason) for row in misfits.arg_true() if row not in reasons}
+        for misfits, remedy in types.misfits(values, source, destination, table.model):
+            if misfits.any():
+                reason = _reason(source, destination, table, remedy)
+                reasons |= {row: (source.name, reason) for row in misfits.arg_true() if row not in reasons}
     is_repaired = mask(repaired, frame.height)
     if not reasons:
         return SortedRows(frame, as_they_were, is_repaired, [], +repaired_values)
@@ -141,11 +141,13 @@ def _with(values: pl.Series, mended: Mapping[int, str | list[str | None]]) -> pl
     return joined.unique("place", keep="last").sort("place")["value"].alias(values.name)
 
 
-def _reason(source: Column, destination: DestinationColumn, table: DestinationTable, remedy: str) -> str:
+def _reason(source: Column, destination: DestinationColumn, table: DestinationTable, remedy: str | None) -> str:
+    if remedy is None:
+        return f"Column {source.name} of {table.qualified} is in the key by which rows are merged, and cannot be NULL."
     not_null = " NOT NULL" if destination.not_null else ""
     return (
-        f"Column {source.name} of {table.qualified} is {destination.declared}{not_null} and cannot hold the value. Run as "
-        f"the table's owner: ALTER TABLE {table.qualified} ALTER COLUMN {quoted(source.name)} {remedy};"
+        f"Column {source.name} of {table.qualified} is {destination.declared}{not_null} and cannot hold the value as it "
+        f"is. Run as the table's owner: ALTER TABLE {table.qualified} ALTER COLUMN {quoted(source.name)} {remedy};"
     )
 
 

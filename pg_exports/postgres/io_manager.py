@@ -247,7 +247,7 @@ def _look_back(session: Session, destination: Destination, export: IntervalFrame
         table = registry.recognise(session, tables.inspect(session, destination, export.model), export.team_id)
         for column in table.lacking:
             found = findings.lacking_optional if column.optional else findings.lacking
-            found[column.name] = table.added(column)
+            found[column.name] = table.added(column) or ""
         span = Interval("", first.start - export.history, last.end)
         findings.history = ledger.history(session, table, export.export, export.team_id, span)
         findings.gaps = ledger.gaps(session, table, export.export, export.team_id, last.start - GAPS)

@@ -16,9 +16,12 @@ def check(session: Session, qualified: str, model: Model, oid: int) -> None:
     """
     rows = session.rows(
         """
-        SELECT json_agg(a.attname)::text
+        SELECT
+            json_agg(a.attname)::text,
+            i.indexrelid::regclass::text,
+            bool_or(EXISTS (SELECT FROM pg_collation AS l WHERE l.oid = k.ordering AND NOT l.collisdeterministic))
         FROM pg_index AS i
-        CROSS JOIN unnest(i.indkey::int2[]) WITH ORDINALITY AS k(attnum, position)
+        CROSS JOIN unnest(i.indkey::int2[], i.indcollation::oid[]) WITH ORDINALITY AS k(attnum, ordering, position)
         LEFT JOIN pg_attribute AS a ON a.attrelid = i.indrelid AND a.attnum = k.attnum
         WHERE i.indrelid = $1::bigint::oid AND i.indisunique AND i.indisvalid AND i.indimmediate
             AND i.indpred IS NULL AND k.position <= i.indnkeyatts
@@ -27,7 +30,19 @@ def check(session: Session, qualified: str, model: Model, oid: int) -> None:
         oid,
         doing="reading the table's keys",
     )
-    if not any(sorted(map(str, json.loads(str(names)))) == sorted(model.key) for (names,) in rows):
+    indexes = [
+        (index, is_blurred)
+        for names, index, is_blurred in rows
+        if sorted(map(str, json.loads(str(names)))) == sorted(model.key)
+    ]
+    for index, is_blurred in indexes:
+        if is_blurred:
+            # ON CONFLICT would take it, whatever other index there is.
+            raise DestinationError(
+                f"The unique index {index} of {qualified} has a collation that takes different texts for equal: {model.name} "
+                f"that differ at the source would pass for one. Run as its owner: DROP INDEX {index};"
+            )
+    if not indexes:
         raise DestinationError(
             f"{qualified} has no primary key on ({', '.join(model.key)}), by which {model.name} are merged. "
             f"{_remedy(session, qualified, model, oid)}"
@@ -61,7 +76,11 @@ def _remedy(session: Session, qualified: str, model: Model, oid: int) -> str:
             f"partitioned by columns of the key (docs/destinations.md)."
         )
     if has_primary_key:
-        return f"It has another one. Run as its owner: CREATE UNIQUE INDEX ON {qualified} ({key});"
+        not_null = ", ".join(f"ALTER COLUMN {quoted(name)} SET NOT NULL" for name in model.key)
+        return (
+            f"It has another one. Run as its owner: ALTER TABLE {qualified} {not_null}; "
+            f"CREATE UNIQUE INDEX ON {qualified} ({key});"
+        )
     return f"Run as its owner: ALTER TABLE {qualified} ADD PRIMARY KEY ({key});"
 
 

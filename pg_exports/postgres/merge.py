@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from pg_exports.errors import PassingError
+from pg_exports.errors import DestinationError, PassingError
 from pg_exports.models import Kind, Merge
 from pg_exports.postgres import registry, schemas, types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import MERGE_TIMEOUT, Session
-from pg_exports.postgres.table import DestinationTable
+from pg_exports.postgres.table import TEAM, DestinationTable
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,11 @@ def staging_table(session: Session, table: DestinationTable, *, of_several_inter
     """A table with the destination's columns and types, for the rest of the block. Gives its name.
 
     Raises:
-        DestinationError: the role may not create tables in the schema.
+        DestinationError: the role may not create tables in the schema; or the destination cannot be asked for its keys.
     """
     schema = table.destination.schema
+    if not table.model.merge and table.why_not_asked:
+        raise DestinationError(table.why_not_asked)
     schemas.check_may_create(session, schema, "a staging table")
     name = f"pg_exports_staging_{uuid.uuid4().hex[:12]}"
     interval = f", NULL::bigint AS {INTERVAL_COLUMN}" if of_several_intervals else ""
@@ -89,21 +91,34 @@ def merge(session: Session, table: DestinationTable, staging: str, read_since: s
     that since `read_since`, the `snapshot` from before the source was read: which of the two read later is not known then.
 
     Where a trigger or a rule of the table's may have kept some of them out, each is looked up then.
+
+    Raises:
+        DestinationError, PassingError: Postgres refused; or rows of the table may be those of the staging table or not.
     """
     rule = table.model.merge
     _give_memory(session)
+    absent = _count_missing(session, table, staging)
     if rule:
         sql, parameters = _upsert(table, staging, rule, is_empty=_is_empty(session, table)), [read_since]
     else:
         sql, parameters = _insert_missing(table, staging), []
-    doing = f"merging into {table.qualified}"
-    [(inserted, updated)] = session.rows(sql, *parameters, doing=doing, patience=MERGE_TIMEOUT)
-    missing: object = 0
-    if table.may_drop_rows:
-        [(missing,)] = session.rows(
-            f"SELECT count(*) {_missing(table, staging)}", doing="looking the rows up", patience=MERGE_TIMEOUT
-        )
-    return Merged(int(str(inserted)), int(str(updated)), int(str(missing)))
+    rows = session.rows(sql, *parameters, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
+    [(inserted, updated)] = rows if rule else _told_apart(table, rows)
+    missing = _count_missing(session, table, staging)
+    # A trigger may also take out or change what it has let in: that does not count as inserted.
+    stayed = (
+        int(str(inserted)) if rule or not table.may_drop_rows else max(0, min(int(str(inserted)), absent - missing))
+    )
+    return Merged(stayed, int(str(updated)), missing)
+
+
+def _count_missing(session: Session, table: DestinationTable, staging: str) -> int:
+    """How many of the staging table's rows are not in the destination, if it may drop some; else nobody needs to know."""
+    if not table.may_drop_rows:
+        return 0
+    sql = f"SELECT count(*) {_missing(table, staging)}"
+    [(missing,)] = session.rows(sql, doing="looking the rows up", patience=MERGE_TIMEOUT)
+    return int(str(missing))
 
 
 def merge_intervals(
@@ -168,23 +183,49 @@ def _is_empty(session: Session, table: DestinationTable) -> bool:
 
 
 def _insert_missing(table: DestinationTable, staging: str) -> str:
+    there = "" if table.model.key_may_be_null else f"there AS MATERIALIZED ({_there(table, staging)}),"
+    unsure = "(SELECT count(*) FROM there WHERE NOT is_sure)" if there else "0::bigint"
     return f"""
-        WITH written AS (
-            INSERT INTO {table.qualified} ({table.column_list})
-            SELECT {table.column_list} FROM ({_absent(table, staging)}) AS s
-            RETURNING 1
+        WITH
+            {there}
+            written AS (
+                INSERT INTO {table.qualified} ({table.column_list})
+                SELECT {table.column_list} FROM ({_absent(table, staging, "there" if there else None)}) AS s
+                RETURNING 1
+            )
+        SELECT (SELECT count(*) FROM written), {unsure}
+    """
+
+
+def _told_apart(table: DestinationTable, rows: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """The answer of `_insert_missing` as that of `_upsert`, if each row was found in the table or not.
+
+    Raises:
+        DestinationError: of some it cannot be told.
+    """
+    [(inserted, unsure)] = rows
+    if unsure:
+        names = " or ".join(name for name in table.model.key[1:] if name != TEAM)
+        raise DestinationError(
+            f"{table.qualified} has rows in which {names} is NULL, as in a column that was added later. They have the "
+            f"{table.model.key[0]} of {unsure} rows at the source, and whether they are these cannot be told. Fill the "
+            "columns in such rows, or set the export's `table` to another table, or to a name that is free. Nothing was "
+            "written."
         )
-        SELECT count(*), 0::bigint FROM written
+    return [(inserted, 0)]
+
+
+def _absent(table: DestinationTable, staging: str, there: str | None = None) -> str:
+    """The staging table's rows whose key is not in the destination. `there` is the name that `_there` has in the statement, if
+    it has one.
     """
-
-
-def _absent(table: DestinationTable, staging: str) -> str:
-    """The staging table's rows whose key is not in the destination, where NULL is a value like any other.
-
-    In two halves, as an index serves `=` alone, and no join that takes NULL for equal can be a hash join without the hash.
-    """
-    key = [quoted(name) for name in table.model.key if name in table.column_names]
     rows = f"SELECT s.* FROM {quoted(table.destination.schema, staging)} AS s"
+    if not table.model.key_may_be_null:
+        there = there or f"({_there(table, staging)})"
+        return f"{rows} WHERE NOT EXISTS (SELECT FROM {there} AS t WHERE t.place = s.ctid)"
+    # NULL is a value like any other here. In two halves, as an index serves `=` alone, and no join that takes NULL for equal
+    # can be a hash join without the hash.
+    key = [quoted(name) for name in table.model.key]
     of_staging, of_table = (", ".join(f"{side}.{name}" for name in key) for side in "sd")
     equal = " AND ".join(f"d.{name} = s.{name}" for name in key)
     same = " AND ".join(f"d.{name} IS NOT DISTINCT FROM s.{name}" for name in key)
@@ -197,6 +238,24 @@ def _absent(table: DestinationTable, staging: str) -> str:
         WHERE num_nulls({of_staging}) > 0 AND NOT EXISTS (
             SELECT FROM {table.qualified} AS d WHERE num_nulls({of_table}) > 0 AND {hashes} AND {same}
         )
+    """
+
+
+def _there(table: DestinationTable, staging: str) -> str:
+    """The places of the staging table's rows that are in the destination or may be, and whether that is sure.
+
+    At the source no column of the key is NULL. In the destination one is that was added later, and its row may be any that
+    agrees in the other columns. A row without a team is taken for the team's.
+    """
+    first, *others = (quoted(name) for name in table.model.key if name in table.column_names)
+    same = [f"d.{first} = s.{first}", *(f"(d.{name} = s.{name} OR d.{name} IS NULL)" for name in others)]
+    told_by = [f"d.{name}" for name in others if name != quoted(TEAM)]
+    is_sure = f"bool_or(num_nulls({', '.join(told_by)}) = 0)" if told_by else "true"
+    return f"""
+        SELECT s.ctid AS place, {is_sure} AS is_sure
+        FROM {quoted(table.destination.schema, staging)} AS s
+        JOIN {table.qualified} AS d ON {" AND ".join(same)}
+        GROUP BY s.ctid
     """
 
 
@@ -300,6 +359,12 @@ def _version(table: DestinationTable, rule: Merge, side: str) -> str:
             column = f"{side}.{quoted(source.name)}"
             if source.kind is Kind.INTEGER and destination.type in types.TEXT_TYPES:
                 column = f"{column}::numeric"
+            elif source.kind is Kind.TEXT and destination.type in types.TEXT_TYPES:
+                # As ClickHouse compares texts, and not as a language sorts them.
+                column = f'{column} COLLATE "C"'
+            elif source.kind is Kind.FLOAT:
+                # The greatest number for Postgres; for ClickHouse as low as NULL.
+                column = f"nullif({column}, 'NaN')"
             least = _least(destination.type) if not column.endswith("::numeric") else "0"
             parts.append((rule.version.index(source.name), f"{column} IS NOT NULL, coalesce({column}, {least})"))
     return f"ROW({', '.join(part for _, part in sorted(parts))})"

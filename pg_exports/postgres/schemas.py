@@ -82,12 +82,14 @@ def has_own(session: Session, schema: str, name: str) -> bool:
     """Whether one of pg_exports' own tables is there.
 
     Raises:
-        DestinationError: it is, and another role made it whose grants do not suffice; with the GRANT.
+        DestinationError: it is, and the role may not write all of it, or a crash would empty it; with the statement that
+            mends it.
     """
     rows = session.rows(
         """
         SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
-            AND has_table_privilege(c.oid, 'UPDATE')
+            AND has_table_privilege(c.oid, 'UPDATE'),
+            row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE'), c.relpersistence = 'u'
         FROM pg_class AS c
         JOIN pg_namespace AS n ON n.oid = c.relnamespace
         WHERE n.nspname = $1 AND c.relname = $2
@@ -96,10 +98,38 @@ def has_own(session: Session, schema: str, name: str) -> bool:
         name,
         doing=f"looking up {name}",
     )
-    if rows and not rows[0][1]:
-        table = quoted(schema, name)
+    if not rows:
+        return False
+    [(role, may_write, has_row_security, is_owner, is_unlogged)] = rows
+    table = quoted(schema, name)
+    if not may_write:
         raise DestinationError(
-            f"The role {rows[0][0]} may not write {table}, which another role made. Run as its owner: "
-            f"GRANT INSERT, SELECT, UPDATE ON {table} TO {quoted(str(rows[0][0]))};"
+            f"The role {role} may not write {table}, which another role made. Run as its owner: "
+            f"GRANT INSERT, SELECT, UPDATE ON {table} TO {quoted(str(role))};"
         )
-    return bool(rows)
+    if has_row_security:
+        raise row_security(table, str(role), is_owner=bool(is_owner))
+    if is_unlogged:
+        raise DestinationError(
+            f"{table} is UNLOGGED: a crash of the server empties it. Run as its owner: ALTER TABLE {table} SET LOGGED;"
+        )
+    return True
+
+
+def row_security(table: str, role: str, *, is_owner: bool) -> DestinationError:
+    """The error where row-level security applies to the role on a table: it hides rows that are there, and COPY refuses it.
+
+    The remedy opens the table to nobody else. On the partitions of a table it does not matter: what goes through the
+    table itself meets the table's own policies only.
+    """
+    remedy = (
+        f"Run as its owner: ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY;"
+        if is_owner
+        else f"Run as a superuser (on Supabase as postgres): ALTER ROLE {quoted(role)} BYPASSRLS;\nThe role still needs a "
+        f"GRANT for each table. ALTER TABLE {table} DISABLE ROW LEVEL SECURITY would do as well, but opens the table to "
+        "every role that has a privilege on it."
+    )
+    return DestinationError(
+        f"Row-level security of {table} applies to the role {role}: rows that are there would be hidden from the export, "
+        f"and rows that it writes refused. {remedy}"
+    )

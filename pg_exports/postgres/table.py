@@ -8,7 +8,7 @@ from pg_exports.errors import DestinationError, SettingsError
 from pg_exports.models import Column, Model
 from pg_exports.postgres import keys, schemas, types
 from pg_exports.postgres.identifiers import MAX_BYTES, quoted
-from pg_exports.postgres.session import LOCK_TIMEOUT, Session
+from pg_exports.postgres.session import LOCK_TIMEOUT, MERGE_TIMEOUT, Session
 from pg_exports.postgres.types import DestinationColumn
 
 OWN_PREFIX = "pg_exports_"
@@ -16,6 +16,9 @@ OWN_PREFIX = "pg_exports_"
 
 NO_FILE = 0
 """Stands for the filenode of a partitioned table, which has none."""
+
+TEAM = "team_id"
+"""The column of the team, in each model of PostHog's tables and in each destination that has one."""
 
 ON_INSERT, ON_UPDATE = 4, 16
 """Bits of a trigger's events (`pg_trigger.tgtype`)."""
@@ -100,8 +103,33 @@ class DestinationTable:
         return self.destination.qualified
 
     def added(self, column: Column) -> str:
-        """The ALTER TABLE that adds a column."""
-        return f"ALTER TABLE {self.qualified} ADD COLUMN {quoted(column.name)} {column.postgres_type};"
+        """The ALTER TABLE that adds a column; empty for one by which rows are told apart: those that are there would have NULL
+        in it.
+        """
+        return "" if column.name in self.untold else _add_column(self.qualified, column)
+
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """Columns of the key without which the table cannot be asked for keys: rows that differ in them alone would pass for
+        one. Without `team_id` it can: its rows are taken for the team's.
+        """
+        key = (*self.model.key, *self.model.left_out_of_key)
+        return tuple(name for name in key if name not in (*self.column_names, TEAM))
+
+    @property
+    def why_not_asked(self) -> str | None:
+        """Why the table cannot be asked for keys, and what to do; None if it can."""
+        if not self.untold:
+            return None
+        left_out = [name for name in self.untold if name in self.model.left_out_of_key]
+        remedy = f"Take {', '.join(left_out)} back into the export's `columns`, and set" if left_out else "Set"
+        return (
+            f"{self.qualified} has no {' and no '.join(self.untold)}, and {self.model.name} that differ in nothing else would "
+            "pass for one. So the export can fill it, but cannot find out which rows it has: as it must if there were rows "
+            "before its first run, if the table has triggers, if journals were pruned, and with `replay` or "
+            "`deduplicate: table`. "
+            f"{remedy} its `table` to another table, or to a name that is free."
+        )
 
     @property
     def identity(self) -> tuple[str, int, int]:
@@ -164,8 +192,9 @@ def inspect(session: Session, destination: Destination, model: Model) -> Destina
             "to a name that is free."
         )
     _check_privileges(session, destination, model, relation.oid)
+    _check_storage(destination, relation)
     columns = _columns(session, relation.oid)
-    pairs = _matched(destination, model, columns)
+    pairs = _matched(session, destination, model, columns)
     if model.merge:
         keys.check(session, destination.qualified, model, relation.oid)
     may_drop_rows = bool(relation.triggers & (ON_INSERT | ON_UPDATE if model.merge else ON_INSERT))
@@ -235,6 +264,8 @@ class _Relation:
     filenode: int | None
     files: Mapping[int, int]
     triggers: int
+    unsafe: tuple[tuple[str, str], ...]
+    """The qualified names of foreign partitions (f), and of what is unlogged (u) or temporary (t): itself, or partitions."""
     place: str
 
 
@@ -265,6 +296,16 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
                     AND NOT tgisinternal AND tgenabled <> 'D'
             ) END,
             (
+                SELECT json_agg(json_build_array(
+                    quote_ident(n.nspname) || '.' || quote_ident(c.relname),
+                    CASE WHEN c.relkind = 'f' THEN c.relkind ELSE c.relpersistence END
+                ) ORDER BY c.oid)::text
+                FROM pg_class AS c
+                JOIN pg_namespace AS n ON n.oid = c.relnamespace
+                WHERE c.oid IN (SELECT r.oid UNION ALL SELECT oid FROM leaves)
+                    AND (c.relkind = 'f' OR c.relkind = 'r' AND c.relpersistence <> 'p')
+            ),
+            (
                 SELECT system_identifier || '/' || oid
                 FROM pg_control_system(), pg_database
                 WHERE datname = current_database()
@@ -277,16 +318,17 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
     )
     if not rows:
         return None
-    [(oid, kind, filenode, leaves, triggers, place)] = rows
-    files = {int(leaf): int(number) for leaf, number in json.loads(str(leaves or "{}")).items()}
-    if filenode is not None:
-        files = {int(str(oid)): int(str(filenode))}
+    [(oid, kind, filenode, leaves, triggers, unsafe, place)] = rows
+    numbers = json.loads(str(leaves or "{}")) if filenode is None else {oid: filenode}
+    # A foreign partition has no file.
+    files = {int(str(file)): int(str(number)) for file, number in numbers.items() if number is not None}
     return _Relation(
         int(str(oid)),
         str(kind),
         None if filenode is None else int(str(filenode)),
         files,
         int(str(triggers or 0)),
+        tuple((str(name), str(why)) for name, why in json.loads(str(unsafe or "[]"))),
         str(place),
     )
 
@@ -303,11 +345,31 @@ def _create(session: Session, destination: Destination, model: Model, *, key_ind
                 )
 
 
+def _check_storage(destination: Destination, relation: _Relation) -> None:
+    unlogged = [name for name, why in relation.unsafe if why == "u"]
+    if unlogged:
+        statements = " ".join(f"ALTER TABLE {name} SET LOGGED;" for name in unlogged)
+        raise DestinationError(
+            f"{', '.join(unlogged)} is UNLOGGED: a crash of the server empties it, and its intervals would still count as "
+            f"loaded. Run as its owner: {statements}\nIf the server may have crashed since rows came in, run their intervals "
+            "again, with `replay` (README.md, Each row once)."
+        )
+    for name, why in relation.unsafe:
+        if why == "f":
+            raise DestinationError(
+                f"Partition {name} of {destination.qualified} is a foreign table: its rows commit apart from the ledger, so "
+                "a run that breaks off could lose them or leave them twice. Make it a table of this database, or set the "
+                "export's `table` to another one."
+            )
+        raise DestinationError(f"{name} is a temporary table. Set the export's `table` to one that stays.")
+
+
 def _check_privileges(session: Session, destination: Destination, model: Model, oid: int) -> None:
     needed = ["INSERT", "SELECT", *(["UPDATE"] if model.merge else [])]
-    [(role, *held)] = session.rows(
+    [(role, *held, has_row_security, is_owner)] = session.rows(
         "SELECT current_user::text, "
-        + ", ".join(f"has_table_privilege($1::bigint::oid, '{privilege}')" for privilege in needed),
+        + ", ".join(f"has_table_privilege(c.oid, '{privilege}')" for privilege in needed)
+        + ", row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE') FROM pg_class AS c WHERE c.oid = $1::bigint::oid",
         oid,
         doing="reading privileges",
     )
@@ -317,6 +379,8 @@ def _check_privileges(session: Session, destination: Destination, model: Model, 
             f"The role {role} lacks {missing} on {destination.qualified}. Run as its owner: "
             f"GRANT INSERT, SELECT, UPDATE ON {destination.qualified} TO {quoted(str(role))};"
         )
+    if has_row_security:
+        raise schemas.row_security(destination.qualified, str(role), is_owner=bool(is_owner))
 
 
 def _columns(session: Session, oid: int) -> list[DestinationColumn]:
@@ -345,7 +409,13 @@ def _columns(session: Session, oid: int) -> list[DestinationColumn]:
             CASE WHEN b.typname IN ('varchar', 'bpchar') THEN nullif(b.modifier, -1) - 4 END,
             c.attnotnull,
             c.atthasdef OR c.attidentity <> '',
-            c.attgenerated <> '' OR c.attidentity = 'a'
+            c.attgenerated <> '' OR c.attidentity = 'a',
+            -- A NUMERIC's modifier has the scale in its last eleven bits, with a sign.
+            CASE
+                WHEN b.typname IN ('timestamp', 'timestamptz') THEN nullif(b.modifier, -1)
+                WHEN b.typname = 'numeric' AND b.modifier >= 4 THEN (((b.modifier - 4) & 2047) # 1024) - 1024
+            END,
+            (SELECT quote_ident(l.collname) FROM pg_collation AS l WHERE l.oid = c.attcollation AND NOT l.collisdeterministic)
         FROM columns AS c
         JOIN based AS b ON b.attnum = c.attnum AND b.typtype <> 'd'
         ORDER BY c.attnum
@@ -357,22 +427,12 @@ def _columns(session: Session, oid: int) -> list[DestinationColumn]:
 
 
 def _matched(
-    destination: Destination, model: Model, columns: list[DestinationColumn]
+    session: Session, destination: Destination, model: Model, columns: list[DestinationColumn]
 ) -> list[tuple[Column, DestinationColumn]]:
     there = {column.name: column for column in columns if not column.generated}
     pairs = [(column, there[column.name]) for column in model.columns if column.name in there]
     written = {source.name for source, _ in pairs}
-    needed = [*model.key, *model.merge.version] if model.merge else [model.key[0]]
-    missing = [name for name in needed if name not in written]
-    if missing:
-        types_of = {column.name: column.postgres_type for column in model.columns}
-        statements = " ".join(
-            f"ALTER TABLE {destination.qualified} ADD COLUMN {quoted(name)} {types_of[name]};" for name in missing
-        )
-        raise DestinationError(
-            f"{destination.qualified} lacks {', '.join(missing)}, which {model.name} cannot do without. Run as its "
-            f"owner: {statements}"
-        )
+    _check_lacking(session, destination, model, columns, written)
     for column in columns:
         if column.not_null and not column.has_default and not column.generated and column.name not in written:
             raise DestinationError(
@@ -382,4 +442,66 @@ def _matched(
             )
     for source, column in pairs:
         types.check_pair(source, column, destination.qualified)
+        if source.name in model.compared:
+            _check_compared(session, destination, model, source, column)
     return pairs
+
+
+def _check_lacking(
+    session: Session, destination: Destination, model: Model, columns: list[DestinationColumn], written: set[str]
+) -> None:
+    """Make sure of the columns that the model cannot do without. Not even of events' whole key: rows that go straight in need
+    none (`DestinationTable.untold`).
+    """
+    needed = model.compared if model.merge or model.key_may_be_null else model.key[:1]
+    missing = [column for column in model.columns if column.name in needed and column.name not in written]
+    if not missing:
+        return
+    names = ", ".join(column.name for column in missing)
+    generated = {column.name for column in columns}.intersection(column.name for column in missing)
+    would_be_null = any(column.name in model.key for column in missing) and _has_rows(session, destination)
+    if generated or would_be_null:
+        reason = (
+            f"fills {', '.join(sorted(generated))} itself"
+            if generated
+            else "has rows, which would stay without and be taken for others than the export's"
+        )
+        raise DestinationError(
+            f"{destination.qualified} lacks {names}, which {model.name} cannot do without, and {reason}. Set the export's "
+            "`table` to another table, or to a name that is free."
+        )
+    statements = " ".join(_add_column(destination.qualified, column) for column in missing)
+    raise DestinationError(
+        f"{destination.qualified} lacks {names}, which {model.name} cannot do without. Run as its owner: {statements}"
+    )
+
+
+def _check_compared(
+    session: Session, destination: Destination, model: Model, source: Column, column: DestinationColumn
+) -> None:
+    """Make sure that a column by whose values rows are compared tells apart what differs at the source."""
+    blur = types.blur(source, column)
+    if not blur:
+        return
+    table = destination.qualified
+    if blur.is_lossy and _has_rows(session, destination):
+        remedy = (
+            "The values that are there have lost what they differed in, so the rows cannot be recognised: set the export's "
+            "`table` to another table, or to a name that is free."
+        )
+    else:
+        remedy = f"Run as its owner: ALTER TABLE {table} ALTER COLUMN {quoted(source.name)} TYPE {blur.remedy};"
+    raise DestinationError(
+        f"Column {source.name} of {table} is {column.declared}, which {blur.reason}. {model.name} are compared by it, and "
+        f"rows that differ at the source would pass for one. {remedy}"
+    )
+
+
+def _has_rows(session: Session, destination: Destination) -> bool:
+    sql = f"SELECT EXISTS (SELECT FROM {destination.qualified})"
+    [(has_rows,)] = session.rows(sql, doing=f"looking into {destination.qualified}", patience=MERGE_TIMEOUT)
+    return bool(has_rows)
+
+
+def _add_column(qualified: str, column: Column) -> str:
+    return f"ALTER TABLE {qualified} ADD COLUMN {quoted(column.name)} {column.postgres_type};"

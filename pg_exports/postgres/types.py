@@ -4,19 +4,26 @@ Binary COPY trusts the sender: a 64-bit number into a DOUBLE column "succeeds" w
 column's kind and a destination's type is either listed here or an error before a row is sent.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 import pyarrow as pa
 
 from pg_exports.errors import DestinationError
-from pg_exports.models import Column, Kind
+from pg_exports.models import Column, Kind, Model
 
 
 @dataclass(frozen=True)
 class DestinationColumn:
-    """A column of the destination table as its catalog has it. `type` is the base type's name, `length` VARCHAR's n."""
+    """A column of the destination table as its catalog has it.
+
+    Attributes:
+        type: the base type's name; `declared` is the type as the table's owner wrote it.
+        length: n of VARCHAR(n) and CHAR(n).
+        digits: how many fractional digits a time or a NUMERIC is rounded to, if it is.
+        collation: the column's collation, if it takes different texts for equal.
+    """
 
     name: str
     type: str
@@ -25,6 +32,8 @@ class DestinationColumn:
     not_null: bool
     has_default: bool
     generated: bool
+    digits: int | None = None
+    collation: str | None = None
 
 
 # Text as Arrow's views, which Polars has: any other layout would be a copy of every byte.
@@ -90,6 +99,40 @@ def check_pair(source: Column, destination: DestinationColumn, table: str) -> No
         )
 
 
+@dataclass(frozen=True)
+class Blur:
+    """Why a column takes values for equal that differ at the source, the type that does not, and whether the values that
+    are there have lost what they differed in.
+    """
+
+    reason: str
+    remedy: str
+    is_lossy: bool
+
+
+def blur(source: Column, destination: DestinationColumn) -> Blur | None:
+    """What keeps the destination's column from telling the source's values apart, if anything does.
+
+    For the columns of a key or a version alone. UUIDs are no such case, as `misfit` lets one spelling of each through.
+    """
+    if destination.collation:
+        reason = f"takes texts for equal that its collation {destination.collation} does"
+        return Blur(reason, f'{destination.declared} COLLATE "default"', is_lossy=False)
+    if source.kind is Kind.TEXT and destination.type == "citext":
+        return Blur("takes upper and lower case for equal", "TEXT", is_lossy=False)
+    if source.kind is Kind.TEXT and destination.type == "bpchar":
+        return Blur("cuts off blanks at the end", "TEXT", is_lossy=True)
+    is_rounded = destination.digits is not None and destination.digits < _DIGITS.get(source.kind, 0)
+    return Blur("rounds its values", _WHOLE[destination.type], is_lossy=True) if is_rounded else None
+
+
+_DIGITS = {Kind.TIMESTAMP: 6}
+"""Fractional digits of a kind's values."""
+
+_WHOLE = {"timestamptz": "TIMESTAMP WITH TIME ZONE", "timestamp": "TIMESTAMP", "numeric": "NUMERIC"}
+"""The types that may round, without what makes them do so."""
+
+
 def arrow_table(frame: pl.DataFrame, pairs: Sequence[tuple[Column, DestinationColumn]]) -> pa.Table:
     """A frame's columns in the destination's types, as Arrow; `bad_rows` has made sure that the values fit.
 
@@ -102,21 +145,28 @@ def arrow_table(frame: pl.DataFrame, pairs: Sequence[tuple[Column, DestinationCo
     )
 
 
-def misfit(values: pl.Series, source: Column, destination: DestinationColumn) -> tuple[pl.Series, str]:
-    """Which values the destination's column cannot hold, and what to do to the column so that it can (ALTER COLUMN ...)."""
-    misfits, remedy = pl.repeat(False, len(values), eager=True), ""
+def misfits(
+    values: pl.Series, source: Column, destination: DestinationColumn, model: Model
+) -> Iterator[tuple[pl.Series, str | None]]:
+    """Masks of the values that the destination's column cannot hold, each with what to do to the column so that it can (ALTER
+    COLUMN ...); None where nothing helps.
+
+    Of a UUID by which rows are told apart it holds the spelling that Postgres gives it, and no other: texts that differ at the
+    source must not become equal.
+    """
+    is_merge_key = bool(model.merge) and source.name in model.key
     if source.kind is Kind.INTEGER and destination.type in INTEGER_BOUNDS:
         bound = INTEGER_BOUNDS[destination.type]
-        misfits, remedy = values.is_between(-bound, bound - 1).not_(), "TYPE BIGINT"
+        yield values.is_between(-bound, bound - 1).not_(), "TYPE BIGINT"
     if destination.length is not None and source.kind is not Kind.TEXT_LIST:
-        misfits, remedy = values.cast(pl.String).str.len_chars() > destination.length, "TYPE TEXT"
+        yield values.cast(pl.String).str.len_chars() > destination.length, "TYPE TEXT"
     if destination.type == "uuid":
-        misfits, remedy = values.str.contains(_UUID).not_(), "TYPE TEXT"
-    if destination.not_null and values.has_nulls():
-        misfits, remedy = misfits | values.is_null(), "DROP NOT NULL"
-    return misfits, remedy
+        yield values.str.contains(_CANONICAL_UUID if source.name in model.compared else _UUID).not_(), "TYPE TEXT"
+    if (destination.not_null or is_merge_key) and values.has_nulls():
+        yield values.is_null(), None if is_merge_key else "DROP NOT NULL"
 
 
-_UUID = r"^[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}$"
+_CANONICAL_UUID = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
+_UUID = rf"(?i){_CANONICAL_UUID}"
 
 INTEGER_BOUNDS = {"int2": 2**15, "int4": 2**31}

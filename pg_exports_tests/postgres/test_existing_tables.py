@@ -6,7 +6,11 @@ What does not fit is an error before the first row, whose statement mends it.
 import re
 import uuid
 from datetime import datetime
+from typing import Any
 
+import pytest
+
+from pg_exports import PostgresExport
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
@@ -23,14 +27,17 @@ POSTHOGS_PERSONS = """
     person_version bigint, created_at timestamptz, is_deleted boolean, PRIMARY KEY (team_id, distinct_id)
 """
 
+IDENTITY = ("uuid", "event", "distinct_id")
+
 EVENTS = {
     "other types": """
-        "timestamp" timestamp, team_id numeric, properties json, set text, distinct_id char(40), event text,
+        "timestamp" timestamp, team_id numeric, properties json, set text, distinct_id text, event text, ip char(40),
         uuid uuid NOT NULL, inserted_at timestamptz, note text, loaded_at timestamptz NOT NULL DEFAULT now()
     """,
     'An "odd" name; and widths': """
         "Event" text, id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, uuid varchar(500) UNIQUE, event varchar(500),
-        team_id text, properties text, elements varchar, upper_event text GENERATED ALWAYS AS (upper(event)) STORED
+        team_id text, properties text, elements varchar, distinct_id varchar,
+        upper_event text GENERATED ALWAYS AS (upper(event)) STORED
     """,
 }
 
@@ -169,6 +176,93 @@ def test_what_is_no_table_is_refused_by_name_and_left_as_it_was(
         assert target.count("base") == 0
     finally:
         target.execute("DROP FOREIGN DATA WRAPPER nothing CASCADE")
+
+
+def replay(export: PostgresExport) -> dict[str, Any]:
+    """The configuration of a run that asks the table for its keys."""
+    return {"ops": {export.key: {"config": {"replay": True}}}}
+
+
+def test_the_advice_of_the_checks_on_a_table_with_rows_brings_none_of_them_again(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    """A table without `team_id`: four rows that others brought, and what the export makes of them."""
+    before = [event(hour, event=f"e{n}", distinct_id="a'b") for n in range(4)]
+    source.insert("events", *before, *(event(hour) for _ in range(3)))
+    target.execute(
+        *creation("events", "uuid text, event text, distinct_id text, properties jsonb"),
+        *(f"INSERT INTO events VALUES ('{row['uuid']}', '{row['event']}', 'a''b', NULL)" for row in before),
+    )
+    export = export_of("events", target, hour)
+    done = run(export, partition_key(hour))
+    assert done.counts == (3, 0, 4)
+    statements = done.checks["table_columns"].metadata["lacking"].value
+    assert isinstance(statements, dict)
+    assert "team_id" in statements
+    target.execute(*statements.values())
+    assert run(export, partition_key(hour), run_config=replay(export)).counts == (0, 0, 7)
+    target.execute("DELETE FROM pg_exports_ledger", "DELETE FROM pg_exports_keys")
+    assert run(export, partition_key(hour)).counts == (0, 0, 7)
+    assert target.count("events") == 7
+
+
+@pytest.mark.parametrize("lacking", ["distinct_id", "event"])
+def test_a_table_that_cannot_tell_events_apart_is_filled_and_never_drops_one_for_another(
+    lacking: str, source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    one = event(hour)
+    another = one | {lacking: "another"}
+    source.insert("events", one)
+    target.execute(*creation("events", ", ".join(f"{name} text" for name in IDENTITY if name != lacking)))
+    export = export_of("events", target, hour)
+    done = run(export, partition_key(hour))
+    assert done.counts == (1, 0, 0)
+    check = done.checks["table_columns"]
+    assert f'ADD COLUMN "{lacking}"' not in str(check.description)
+    assert f"Rows are told apart by {lacking}, which those that are there would lack" in str(check.description)
+    source.insert("events", another)
+    assert run(export, partition_key(hour)).counts == (1, 0, 1)
+    source.insert("events", event(hour + HOUR))
+    of_table = export_of("events", target, hour, deduplicate="table")
+    for asking, start, options in ((export, hour, {"run_config": replay(export)}), (of_table, hour + HOUR, {})):
+        error = run(asking, partition_key(start), **options).error or ""
+        assert f"has no {lacking}, and events that differ in nothing else would pass for one" in error
+    assert target.count("events") == 2
+
+
+def test_rows_whose_key_columns_came_later_are_counted_and_named_before_anything_is_written(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    here = [event(hour) for _ in range(2)]
+    source.insert("events", *here, event(hour))
+    target.execute(
+        *creation("events", "uuid text, event text"),
+        *(f"INSERT INTO events VALUES ('{row['uuid']}', '{row['event']}')" for row in here),
+        "ALTER TABLE events ADD COLUMN distinct_id text",
+    )
+    export = export_of("events", target, hour)
+    error = run(export, partition_key(hour)).error or ""
+    assert "has rows in which event or distinct_id is NULL" in error
+    assert "the uuid of 2 rows at the source" in error
+    assert (target.count("events"), target.count("pg_exports_ledger")) == (2, 0)
+    target.execute("UPDATE events SET distinct_id = 'a'")
+    assert run(export, partition_key(hour)).counts == (1, 0, 2)
+
+
+def test_a_partition_that_a_crash_emptied_is_not_taken_for_loaded(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour))
+    target.execute(*creation("events", POSTHOGS_EVENTS, after="PARTITION BY LIST (team_id)"))
+    target.execute(f"CREATE TABLE mine PARTITION OF events FOR VALUES IN ({TEAM})")
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+    target.execute("ALTER TABLE mine SET UNLOGGED")
+    error = run(export, partition_key(hour)).error or ""
+    assert f"{target.schema}.mine is UNLOGGED: a crash of the server empties it" in error
+    target.execute("DELETE FROM mine", *re.findall("ALTER TABLE .*? SET LOGGED;", error))
+    assert "with `replay`" in error
+    assert run(export, partition_key(hour), run_config=replay(export)).counts == (1, 0, 0)
 
 
 def remedied(source: Source, target: Target, run: RunExport, hour: datetime, model: str, table: str) -> list[str]:

@@ -139,8 +139,8 @@ def test_the_log_gives_the_index_that_questions_for_keys_lack(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:
     target.execute(
-        'CREATE TABLE "The Events" (uuid text, event text)',
-        """INSERT INTO "The Events" VALUES ('an older one', 'by hand')""",
+        'CREATE TABLE "The Events" (uuid text, event text, distinct_id text)',
+        """INSERT INTO "The Events" VALUES ('an older one', 'by hand', 'a')""",
         # An index that leaves rows out, and one that is sorted by another column first, answer no such question.
         'CREATE INDEX ON "The Events" (uuid) WHERE event IS NULL',
         'CREATE INDEX ON "The Events" (event, uuid)',

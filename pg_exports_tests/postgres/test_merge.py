@@ -1,5 +1,6 @@
 """Which row stays when both sides have one, that the others are left alone, and that merges wait for each other."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 from datetime import datetime, timedelta
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from pg_exports.errors import DestinationError
+from pg_exports.models import Column, Kind, Model
 from pg_exports.models.events import EVENTS
 from pg_exports.models.persons import PERSONS
 from pg_exports.models.sessions import SESSIONS
@@ -135,9 +137,93 @@ def test_events_that_are_there_are_told_by_every_column_of_their_identity_that_t
     load(target, EVENTS, event(1))
     others = [event(1, event="other"), event(1, distinct_id="other"), event(1, team_id=2), event(2)]
     assert load(target, EVENTS, event(1), *others, staged=True) == Merged(4, 0)
-    create(target, "narrow", "uuid uuid")
-    load(target, EVENTS, event(1), table="narrow")
-    assert load(target, EVENTS, event(1, event="other"), event(2), table="narrow", staged=True) == Merged(1, 0)
+    create(target, "of_one_team", "uuid uuid, event text, distinct_id text")
+    load(target, EVENTS, event(1), table="of_one_team")
+    assert load(
+        target, EVENTS, event(1), event(1, event="other"), event(2), table="of_one_team", staged=True
+    ) == Merged(2, 0)
+
+
+def test_a_row_without_a_team_is_taken_for_the_teams(target: Target) -> None:
+    load(target, EVENTS, event(1), event(2), event(3, distinct_id="other"))
+    target.execute("ALTER TABLE events DROP COLUMN team_id", "ALTER TABLE events ADD COLUMN team_id integer")
+    assert load(target, EVENTS, *(event(n) for n in (1, 2, 3, 4)), staged=True) == Merged(2, 0)
+    assert load(target, EVENTS, *(event(n, team_id=2) for n in (1, 3)), staged=True) == Merged(1, 0)
+    assert target.rows("SELECT team_id, count(*) FROM events GROUP BY 1 ORDER BY 1") == [(1, 2), (2, 1), (None, 3)]
+
+
+@pytest.mark.parametrize("gone", [["distinct_id"], ["event"], ["event", "distinct_id", "team_id"]], ids=str)
+def test_a_row_that_may_be_one_of_the_sources_or_not_is_an_error_that_counts_them(
+    gone: list[str], target: Target
+) -> None:
+    load(target, EVENTS, *(event(n) for n in (1, 2, 3, 9)))
+    for name in gone:
+        target.execute(f"ALTER TABLE events DROP COLUMN {name}", f"ALTER TABLE events ADD COLUMN {name} text")
+    # What no such row can be is brought in as ever, and what a whole row is, is known.
+    load(target, EVENTS, event(3))
+    kept = "distinct_id" if "distinct_id" not in gone else "event"
+    assert load(target, EVENTS, event(3), event(4), staged=True) == Merged(1, 0)
+    if kept not in gone:
+        assert load(target, EVENTS, event(1, **{kept: "other"}), staged=True) == Merged(1, 0)
+    before = target.rows("SELECT * FROM events")
+    with pytest.raises(DestinationError) as refused:
+        load(target, EVENTS, *(event(n) for n in (1, 2, 3, 4, 5)), staged=True)
+    assert "has rows in which event or distinct_id is NULL" in str(refused.value)
+    assert "They have the uuid of 2 rows at the source, and whether they are these cannot be told." in str(
+        refused.value
+    )
+    assert target.rows("SELECT * FROM events") == before
+    target.execute(
+        "UPDATE events SET event = '$pageview', distinct_id = 'd' WHERE event IS NULL OR distinct_id IS NULL"
+    )
+    assert load(target, EVENTS, *(event(n) for n in (1, 2, 3, 4, 5)), staged=True) == Merged(1, 0)
+
+
+KEYS: list[tuple[Kind, str, object]] = [
+    (Kind.TEXT, "TEXT", "a"),
+    (Kind.TEXT, "VARCHAR(9)", ""),
+    (Kind.TEXT, "UUID", "0192b0ad-5f0a-7c1e-9a73-000000000001"),
+    (Kind.INTEGER, "BIGINT", 0),
+    (Kind.INTEGER, "SMALLINT", 1),
+    (Kind.INTEGER, "NUMERIC", 1),
+    (Kind.INTEGER, "TEXT", 1),
+    (Kind.FLOAT, "DOUBLE PRECISION", float("nan")),
+    (Kind.BOOLEAN, "BOOLEAN", False),
+    (Kind.DATE, "DATE", MOMENT.date()),
+    (Kind.TIMESTAMP, "TIMESTAMP WITH TIME ZONE", MOMENT),
+    (Kind.TIMESTAMP, "TIMESTAMP", MOMENT),
+]
+
+
+@pytest.mark.parametrize("with_trigger", [False, True], ids=["", "with a trigger"])
+def test_where_null_is_a_value_of_a_key_its_rows_are_recognised_in_each_type(
+    with_trigger: bool, target: Target
+) -> None:
+    target.execute("CREATE FUNCTION keep() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'")
+    for n, (kind, type_, value) in enumerate(KEYS):
+        columns = (Column("a", kind, type_), Column("b", Kind.INTEGER, "BIGINT"), Column("c", Kind.TEXT, "TEXT"))
+        for key in (("a",), ("a", "b"), ("b", "c", "a")):
+            table = f"t{n}_{''.join(key)}"
+            model = Model(table, "", columns, key, None, EVENTS.query, key_may_be_null=True)
+            values: dict[str, list[object]] = {"a": [value, None], "b": [1, None], "c": ["", None]}
+            rows = [dict(zip(key, each, strict=True)) for each in itertools.product(*(values[name] for name in key))]
+            assert load(target, model, *rows[::2]) == Merged(len(rows[::2]), 0)
+            if with_trigger:
+                target.execute(f"CREATE TRIGGER kept BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION keep()")
+            assert load(target, model, *rows, staged=True) == Merged(len(rows) - len(rows[::2]), 0)
+            assert load(target, model, *rows, staged=True) == Merged(0, 0)
+
+
+def test_rows_that_a_trigger_lets_in_under_another_key_count_as_missing_and_not_as_inserted(target: Target) -> None:
+    create(target, "events", "uuid text, event text, distinct_id text, ip text")
+    target.execute(
+        "CREATE FUNCTION lower_case() RETURNS trigger LANGUAGE plpgsql AS"
+        " 'BEGIN NEW.distinct_id = lower(NEW.distinct_id); NEW.ip = NULL; RETURN NEW; END'",
+        "CREATE TRIGGER lower_case BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION lower_case()",
+    )
+    assert load(target, EVENTS, event(1, ip="1.1.1.1"), staged=True) == Merged(1, 0)
+    rows = [event(1), event(2), *(event(n, distinct_id="D") for n in (3, 4))]
+    assert load(target, EVENTS, *rows, staged=True) == Merged(1, 0, 2)
 
 
 def test_no_staging_table_is_left_after_a_merge_or_a_failure(target: Target) -> None:

@@ -1,16 +1,17 @@
 """The destination table: made where it is missing, taken as it is where it is there, refused with the remedy."""
 
 import itertools
+import re
 import threading
 
 import pytest
 
 from pg_exports.errors import DestinationError, SettingsError
-from pg_exports.models import Model
+from pg_exports.models import Column, Kind, Model, with_columns
 from pg_exports.models.events import EVENTS
 from pg_exports.models.persons import PERSONS
 from pg_exports.models.sessions import SESSIONS
-from pg_exports.postgres import journal, ledger
+from pg_exports.postgres import journal, ledger, rejected
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import MAX_BYTES, quoted
 from pg_exports.postgres.merge import Merged
@@ -28,6 +29,16 @@ PERSON_COLUMNS = (
     "person_distinct_id_version bigint",
     "person_version bigint",
     "created_at timestamptz",
+)
+
+OWN = Model(
+    "own",
+    "",
+    (Column("a", Kind.INTEGER, "BIGINT"), Column("b", Kind.TEXT, "TEXT"), Column("c", Kind.TEXT, "TEXT")),
+    ("a", "b"),
+    None,
+    EVENTS.query,
+    key_may_be_null=True,
 )
 
 STRANGE_NAMES = {
@@ -160,7 +171,7 @@ def test_a_privilege_that_is_missing_on_the_table_is_named_with_the_grant(target
 
 
 def test_an_append_model_does_without_update(target: Target) -> None:
-    create(target, "events", "uuid text")
+    create(target, "events", "uuid text, event text, distinct_id text")
     target.execute(f"REVOKE UPDATE ON events FROM {ROLE}")
     assert load(target, EVENTS, event(1)) == Merged(1, 0)
     assert load(target, EVENTS, event(1), event(2), staged=True) == Merged(1, 0)
@@ -271,9 +282,182 @@ def test_a_key_column_that_is_missing_names_the_alter_table(target: Target) -> N
     assert 'ADD COLUMN "end_timestamp" TIMESTAMP WITH TIME ZONE;' in message
 
 
-def test_a_generated_key_column_counts_as_missing(target: Target) -> None:
+def test_a_generated_key_column_counts_as_missing_and_cannot_be_added(target: Target) -> None:
     create(target, "events", "event text", "uuid text GENERATED ALWAYS AS (event) STORED")
-    assert "lacks uuid" in refusal(target, EVENTS)
+    message = refusal(target, EVENTS)
+    assert "lacks uuid" in message
+    assert "ALTER TABLE" not in message
+    assert "Set the export's `table` to another table" in message
+
+
+def test_a_key_column_is_not_to_be_added_to_a_table_with_rows_which_would_have_none(target: Target) -> None:
+    create(target, "events", "event text")
+    create(target, "persons", *PERSON_COLUMNS[1:])
+    create(target, "own", "a bigint")
+    target.execute("INSERT INTO events DEFAULT VALUES", "INSERT INTO persons DEFAULT VALUES")
+    for model, table in ((EVENTS, "events"), (PERSONS, "persons"), (OWN, "own")):
+        if model is OWN:
+            assert 'Run as its owner: ALTER TABLE "' in refusal(target, OWN, table)
+            target.execute("INSERT INTO own DEFAULT VALUES")
+        message = refusal(target, model, table)
+        assert "has rows, which would stay without and be taken for others than the export's" in message
+        assert "Set the export's `table` to another table, or to a name that is free." in message
+        assert "ALTER TABLE" not in message
+
+
+def test_a_version_column_may_be_added_to_a_table_with_rows_which_are_then_older_than_any(target: Target) -> None:
+    create(target, "persons", *PERSON_COLUMNS[:5], "PRIMARY KEY (team_id, distinct_id)")
+    target.execute("INSERT INTO persons (team_id, distinct_id) VALUES (1, 'a')")
+    target.execute(refusal(target, PERSONS).partition("Run as its owner: ")[2])
+    assert load(target, PERSONS, person("a", person_version=0)) == Merged(0, 1)
+
+
+# What rows need to stay, and to be seen
+
+
+def test_a_table_that_a_crash_would_empty_is_refused_until_it_is_logged(target: Target) -> None:
+    target.execute(
+        "CREATE UNLOGGED TABLE plain (uuid text)",
+        "CREATE TABLE parted (uuid text, team_id int) PARTITION BY LIST (team_id)",
+        "CREATE TABLE one PARTITION OF parted FOR VALUES IN (1)",
+        "CREATE TABLE others PARTITION OF parted DEFAULT PARTITION BY RANGE (team_id)",
+        'CREATE UNLOGGED TABLE "The two" PARTITION OF others FOR VALUES FROM (2) TO (3)',
+        "CREATE UNLOGGED TABLE three PARTITION OF others FOR VALUES FROM (3) TO (4)",
+        f"GRANT INSERT, SELECT ON plain, parted TO {ROLE}",
+    )
+    for table, expected in (
+        ("plain", ["plain"]),
+        ("parted", ['"The two"', "three"]),
+    ):
+        message = refusal(target, EVENTS, table)
+        assert "is UNLOGGED: a crash of the server empties it" in message
+        statements = re.findall("ALTER TABLE .*? SET LOGGED;", message)
+        assert statements == [f"ALTER TABLE {target.schema}.{name} SET LOGGED;" for name in expected]
+        target.execute(*statements)
+        assert load(target, EVENTS, event(team_id=2), table=table) == Merged(1, 0)
+
+
+def test_a_foreign_partition_is_refused_as_its_rows_commit_apart(target: Target) -> None:
+    target.execute(
+        "CREATE FOREIGN DATA WRAPPER nothing",
+        "CREATE SERVER nowhere FOREIGN DATA WRAPPER nothing",
+        "CREATE TABLE events (uuid text, team_id int) PARTITION BY LIST (team_id)",
+        "CREATE FOREIGN TABLE elsewhere PARTITION OF events FOR VALUES IN (1) SERVER nowhere",
+        f"GRANT INSERT, SELECT ON events TO {ROLE}",
+    )
+    try:
+        message = refusal(target, EVENTS)
+    finally:
+        target.execute("DROP FOREIGN DATA WRAPPER nothing CASCADE")
+    assert f'Partition {target.schema}.elsewhere of "{target.schema}"."events" is a foreign table' in message
+    assert "Make it a table of this database" in message
+
+
+@pytest.mark.parametrize("model", [EVENTS, PERSONS], ids=lambda model: model.name)
+def test_row_level_security_that_applies_to_the_role_is_refused_with_a_remedy_that_opens_nothing(
+    model: Model, target: Target
+) -> None:
+    with target.resource().session() as session:
+        tables.ensure(session, Destination(None, target.schema, model.name), model)
+    table = f'"{target.schema}"."{model.name}"'
+    # Its owner is exempt from its policies until they are forced on it.
+    target.execute(f"ALTER TABLE {model.name} ENABLE ROW LEVEL SECURITY")
+    row = event() if model is EVENTS else person()
+    assert load(target, model, row) == Merged(1, 0)
+    target.execute(f"ALTER TABLE {model.name} FORCE ROW LEVEL SECURITY")
+    message = refusal(target, model)
+    assert f"Row-level security of {table} applies to the role {ROLE}" in message
+    statement = f"ALTER TABLE {table} NO FORCE ROW LEVEL SECURITY;"
+    assert f"Run as its owner: {statement}" in message
+    target.execute(statement)
+    assert load(target, model, row, staged=True) == Merged(0, 0)
+
+    # Another role's: it sees none of the rows, and would bring them again.
+    target.execute(
+        f"ALTER TABLE {model.name} OWNER TO CURRENT_USER",
+        f"GRANT INSERT, SELECT, UPDATE ON {model.name} TO {ROLE}",
+        f"CREATE POLICY writes ON {model.name} FOR INSERT TO {ROLE} WITH CHECK (true)",
+    )
+    message = refusal(target, model)
+    [statement] = re.findall("ALTER ROLE .*?;", message)
+    assert statement == f'ALTER ROLE "{ROLE}" BYPASSRLS;'
+    assert "opens the table to every role" in message
+    try:
+        target.execute(statement)
+        assert load(target, model, row, staged=True) == Merged(0, 0)
+    finally:
+        target.execute(f"ALTER ROLE {ROLE} NOBYPASSRLS")
+    assert target.count(model.name) == 1
+
+
+def test_row_level_security_of_a_partition_does_not_matter(target: Target) -> None:
+    create(
+        target,
+        "events",
+        "uuid text, event text, distinct_id text, team_id int",
+        after="PARTITION BY LIST (team_id)",
+    )
+    target.execute(
+        "CREATE TABLE one PARTITION OF events FOR VALUES IN (1)",
+        "ALTER TABLE one ENABLE ROW LEVEL SECURITY",
+        "ALTER TABLE one FORCE ROW LEVEL SECURITY",
+    )
+    assert load(target, EVENTS, event(1)) == Merged(1, 0)
+    assert load(target, EVENTS, event(1), event(2), staged=True) == Merged(1, 0)
+
+
+@pytest.mark.parametrize("name", [ledger.TABLE, journal.TABLE, rejected.TABLE])
+def test_the_tables_of_pg_exports_must_keep_and_show_their_rows_too(name: str, target: Target) -> None:
+    def ensure() -> None:
+        with target.resource().session() as session:
+            ledger.ensure(session, target.schema)
+            rejected.ensure(session, target.schema)
+
+    ensure()
+    changes = {
+        "ENABLE ROW LEVEL SECURITY": None,
+        "FORCE ROW LEVEL SECURITY": f'ALTER TABLE "{target.schema}"."{name}" NO FORCE ROW LEVEL SECURITY;',
+        "SET UNLOGGED": f'ALTER TABLE "{target.schema}"."{name}" SET LOGGED;',
+    }
+    for change, remedy in changes.items():
+        target.execute(f"ALTER TABLE {name} {change}")
+        if remedy:
+            with pytest.raises(DestinationError) as refused:
+                ensure()
+            assert remedy in str(refused.value)
+            target.execute(remedy)
+        ensure()
+
+
+def test_a_table_that_cannot_tell_events_apart_takes_first_loads_and_is_not_asked_for_keys(target: Target) -> None:
+    for lacking in ("distinct_id", "event"):
+        kept = [f"{name} text" for name in ("uuid", "event", "distinct_id") if name != lacking]
+        create(target, f"without_{lacking}", *kept)
+        assert load(target, EVENTS, event(1), event(1, **{lacking: "b"}), table=f"without_{lacking}") == Merged(2, 0)
+        with pytest.raises(DestinationError) as refused:
+            load(target, EVENTS, event(2), table=f"without_{lacking}", staged=True)
+        assert f"has no {lacking}, and events that differ in nothing else would pass for one" in str(refused.value)
+        assert "Set its `table` to another table" in str(refused.value)
+        assert target.count(f"without_{lacking}") == 2
+
+
+def test_nor_is_one_from_which_the_export_leaves_out_what_tells_them_apart(target: Target) -> None:
+    model = with_columns(EVENTS, {"distinct_id": False, "team_id": False})
+    assert load(target, model, event(1), event(1)) == Merged(2, 0)
+    with pytest.raises(DestinationError, match="Take distinct_id back into the export's `columns`"):
+        load(target, model, event(2), staged=True)
+    of_one_team = with_columns(EVENTS, {"team_id": False})
+    assert load(target, of_one_team, event(1), event(2), table="of_one_team", staged=True) == Merged(2, 0)
+
+
+def test_a_unique_index_whose_collation_takes_different_texts_for_equal_is_to_be_dropped(target: Target) -> None:
+    target.execute("CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false)")
+    create(target, "persons", *PERSON_COLUMNS, "PRIMARY KEY (team_id, distinct_id)")
+    target.execute('CREATE UNIQUE INDEX "Any" ON persons (team_id, distinct_id COLLATE any_case)')
+    message = refusal(target, PERSONS)
+    assert "has a collation that takes different texts for equal" in message
+    target.execute(message.partition("Run as its owner: ")[2])
+    assert load(target, PERSONS, person("a"), person("A")) == Merged(2, 0)
 
 
 def test_a_not_null_column_that_nobody_fills_names_the_alter_table(target: Target) -> None:
@@ -305,7 +489,10 @@ def test_a_table_with_another_primary_key_gets_a_unique_index(target: Target) ->
     create(target, "persons", "id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY", *PERSON_COLUMNS)
     message = refusal(target, PERSONS)
     assert "It has another one." in message
-    target.execute(message[message.index("CREATE UNIQUE INDEX") :])
+    # A key that is NULL in one row or another would let that person in again and again.
+    statements = message.partition("Run as its owner: ")[2]
+    assert statements.startswith(f'ALTER TABLE "{target.schema}"."persons" ALTER COLUMN "team_id" SET NOT NULL, ')
+    target.execute(*(f"{statement};" for statement in statements.rstrip(";").split(";")))
     assert load(target, PERSONS, person()) == Merged(1, 0)
 
 

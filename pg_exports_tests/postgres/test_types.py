@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from datetime import date, datetime
+import re
+from datetime import date, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -198,6 +199,149 @@ def test_a_type_that_cannot_hold_the_values_is_refused_before_a_row_is_sent(targ
             assert f'ALTER COLUMN "{column}" TYPE {expected_type} USING' in message
 
 
+# A key's or a version's kind, the type that a table has for it, and the type that the remedy gives; None if none helps the
+# rows that are there.
+BLURS: list[tuple[Kind, str, str, bool]] = [
+    (Kind.TEXT, "citext", "TEXT", True),
+    (Kind.TEXT, "char(9)", "TEXT", False),
+    (Kind.TEXT, "any_text", '{}.any_text COLLATE "default"', True),
+    (Kind.TEXT, "text COLLATE any_case", 'text COLLATE "default"', True),
+    (Kind.INTEGER, "varchar(20) COLLATE any_case", 'character varying(20) COLLATE "default"', True),
+    (Kind.TIMESTAMP, "timestamptz(0)", "TIMESTAMP WITH TIME ZONE", False),
+    (Kind.TIMESTAMP, "timestamp(5)", "TIMESTAMP", False),
+    (Kind.TIMESTAMP, "on_the_second", "TIMESTAMP WITH TIME ZONE", False),
+]
+SHARP: list[tuple[Kind, str]] = [
+    (Kind.TEXT, 'varchar(9) COLLATE "en-x-icu"'),
+    (Kind.TEXT, "uuid"),
+    (Kind.INTEGER, "citext"),
+    (Kind.INTEGER, "char(20)"),
+    (Kind.INTEGER, "numeric(20, 0)"),
+    (Kind.TIMESTAMP, "timestamptz(6)"),
+    (Kind.TIMESTAMP, "timestamp"),
+    (Kind.DATE, "date"),
+    (Kind.FLOAT, "double precision"),
+]
+
+
+@pytest.mark.parametrize("role", ["a key", "a key of a merge", "a version"])
+def test_a_column_by_which_rows_are_compared_tells_apart_what_differs_at_the_source(role: str, target: Target) -> None:
+    target.execute(
+        "CREATE EXTENSION IF NOT EXISTS citext SCHEMA pg_catalog",
+        "CREATE COLLATION any_case (provider = icu, locale = 'und-u-ks-level2', deterministic = false)",
+        "CREATE DOMAIN any_text AS text COLLATE any_case",
+        "CREATE DOMAIN on_the_second AS timestamptz(0)",
+    )
+    blurs = [*BLURS]
+    [(version,)] = target.rows("SELECT current_setting('server_version_num')::int")
+    if version >= 150000:
+        blurs.append((Kind.INTEGER, "numeric(10, -2)", "NUMERIC", False))
+    types_of = [*((kind, type_) for kind, type_, *_ in blurs), *SHARP]
+    key, merge = ("id",) if role == "a version" else ("id", "value"), Merge(("value",)) if role == "a version" else None
+    if role == "a key of a merge":
+        merge = Merge(("other",))
+    target.execute(
+        *itertools.chain.from_iterable(
+            creation(
+                f"t{n}", "id bigint", f"value {type_}", f"plain {type_}", "other bigint", f"UNIQUE ({', '.join(key)})"
+            )
+            for n, (_, type_) in enumerate(types_of)
+        )
+    )
+    with target.resource().session() as session:
+        for n, (kind, type_) in enumerate(types_of):
+            columns = (
+                ID,
+                Column("value", kind, "TEXT"),
+                Column("plain", kind, "TEXT"),
+                Column("other", Kind.INTEGER, "BIGINT"),
+            )
+            model = Model("things", "", columns, key, merge, EVENTS.query)
+            table = f'"{target.schema}"."t{n}"'
+
+            def inspect() -> None:
+                tables.inspect(session, Destination(None, target.schema, f"t{n}"), model)  # noqa: B023 - called here
+
+            if n >= len(blurs):
+                inspect()
+                continue
+            _, _, remedy, helps_rows = blurs[n]
+            with pytest.raises(DestinationError, match=f"Column value of {table} is .*rows that differ at the source"):
+                inspect()
+            target.execute(f"INSERT INTO t{n} (id) VALUES (1)")
+            with pytest.raises(DestinationError) as refused:
+                inspect()
+            if not helps_rows:
+                assert "ALTER TABLE" not in str(refused.value)
+                assert "set the export's `table` to another table" in str(refused.value)
+                target.execute(f"DELETE FROM t{n}")
+                with pytest.raises(DestinationError) as refused:
+                    inspect()
+            [statement] = re.findall("Run as its owner: (.*;)", str(refused.value))
+            assert statement == f'ALTER TABLE {table} ALTER COLUMN "value" TYPE {remedy.format(target.schema)};', type_
+            target.execute(statement)
+            inspect()
+
+
+def test_a_uuid_by_which_rows_are_compared_has_one_spelling(target: Target) -> None:
+    """The others are set aside: two that Postgres takes for equal would be one row."""
+    create(target, "events", "uuid uuid", "event text", "distinct_id uuid", "person_id uuid")
+    small, capitals = UUID.format("a"), UUID.format("A")
+    assert load(target, EVENTS, event(distinct_id=small, person_id=capitals)) == Merged(1, 0)
+    with pytest.raises(DestinationError, match='ALTER COLUMN "distinct_id" TYPE TEXT;') as refused:
+        load(target, EVENTS, event(distinct_id=capitals))
+    target.execute("ALTER TABLE " + str(refused.value).partition("ALTER TABLE ")[2].partition(";")[0])
+    assert load(target, EVENTS, event(distinct_id=small), event(distinct_id=capitals), staged=True) == Merged(1, 0)
+
+
+def test_a_merges_key_that_is_null_is_set_aside_whatever_the_tables_column_allows(target: Target) -> None:
+    columns = (ID, Column("name", Kind.TEXT, "TEXT"), Column("version", Kind.INTEGER, "BIGINT"))
+    model = Model("things", "", columns, ("id", "name"), Merge(("version",)), EVENTS.query)
+    for table, key in (("unique_ones", "UNIQUE (id, name)"), ("primary_ones", "PRIMARY KEY (id, name)")):
+        create(target, table, "id bigint, name text, version bigint", key)
+        with pytest.raises(DestinationError, match="by which rows are merged, and cannot be NULL"):
+            load(target, model, {"id": 1, "name": None, "version": 1}, table=table)
+
+
+# What is held, in ascending order as ClickHouse sorts them.
+VERSIONS: list[tuple[Kind, str, list[Any]]] = [
+    (
+        Kind.TEXT,
+        'text COLLATE "en-x-icu"',
+        [None, "", " ", "1", "10", "9", "B", "a", "b", "\u00e4", "\u4e00", "\U0001f994"],
+    ),
+    (Kind.TEXT, "uuid", [None, UUID.format(1), UUID.format("a"), "ffffffff-ffff-ffff-ffff-ffffffffffff"]),
+    (Kind.FLOAT, "double precision", [None, float("-inf"), -1.5, 0.0, 1e-300, 2.0, 10.0, float("inf")]),
+    (Kind.INTEGER, 'text COLLATE "en-x-icu"', [None, -10, -9, 0, 9, 10]),
+    (Kind.INTEGER, "char(20)", [None, -10, -9, 0, 9, 10]),
+    (Kind.BOOLEAN, "boolean", [None, False, True]),
+    (Kind.DATE, "date", [None, date(1, 1, 1), date(2026, 1, 1)]),
+    (Kind.TIMESTAMP, "timestamptz", [None, MOMENT, MOMENT + timedelta(microseconds=1)]),
+]
+
+
+def test_versions_are_ordered_as_clickhouse_orders_them(target: Target) -> None:
+    for n, (kind, type_, values) in enumerate(VERSIONS):
+        columns = (Column("id", Kind.INTEGER, "BIGINT"), Column("version", kind, "TEXT"))
+        model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query)
+        create(target, f"t{n}", "id bigint PRIMARY KEY", f"version {type_}")
+        pairs = list(itertools.product(values, values))
+        load(target, model, *({"id": i, "version": held} for i, (held, _) in enumerate(pairs)), table=f"t{n}")
+        places = dict(target.rows(f"SELECT id, ctid::text FROM t{n}"))
+        load(target, model, *({"id": i, "version": new} for i, (_, new) in enumerate(pairs)), table=f"t{n}")
+        replaced = {i for i, place in target.rows(f"SELECT id, ctid::text FROM t{n}") if places[i] != place}
+        for i, (held, new) in enumerate(pairs):
+            assert (i in replaced) is (values.index(new) > values.index(held)), (type_, held, new)
+
+
+def test_a_version_that_is_no_number_is_as_low_as_none(target: Target) -> None:
+    columns = (ID, Column("version", Kind.FLOAT, "DOUBLE PRECISION"))
+    model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query)
+    assert load(target, model, {"id": 1, "version": float("nan")}) == Merged(1, 0)
+    assert load(target, model, {"id": 1, "version": None}, {"id": 2, "version": 1.0}) == Merged(1, 0)
+    assert load(target, model, {"id": 1, "version": -1.0}, {"id": 2, "version": float("nan")}) == Merged(0, 1)
+
+
 def test_versions_compare_as_numbers_and_times_in_whatever_type_the_table_has(target: Target) -> None:
     create(
         target,
@@ -208,7 +352,7 @@ def test_versions_compare_as_numbers_and_times_in_whatever_type_the_table_has(ta
     create(
         target,
         "sessions",
-        "team_id smallint, session_id uuid, end_timestamp timestamp(0), urls varchar[]",
+        "team_id smallint, session_id uuid, end_timestamp timestamp, urls varchar[]",
         "PRIMARY KEY (session_id, team_id)",
     )
     assert load(target, PERSONS, person(person_distinct_id_version=9)) == Merged(1, 0)
