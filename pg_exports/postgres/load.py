@@ -24,6 +24,7 @@ from pg_exports.postgres.journal import Journal, Sieve
 from pg_exports.postgres.ledger import Past
 from pg_exports.postgres.merge import Merged
 from pg_exports.postgres.progress import Progress
+from pg_exports.postgres.rejected import Unresolved
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 from pg_exports.postgres.tally import Tally, by_interval, counted
@@ -103,6 +104,7 @@ class Load:
     seconds: Seconds = field(default_factory=Seconds)
     repaired: Counter[str] = field(default_factory=Counter)
     _sieve: Sieve | None = field(init=False)
+    _unresolved: Unresolved | None = None
     _staging: str | None = None
     _staged: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _answer: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -133,6 +135,8 @@ class Load:
         """
         loading = self.loading
         several = len(loading.intervals) > 1
+        unresolved = Unresolved(self.session, loading.table, loading.export.export, loading.intervals)
+        self._unresolved = unresolved
         if not loading.goes_straight_in:
             staging = merge.staging_table(self.session, loading.table, of_several_intervals=several)
             self._staging = self._staged.enter_context(staging)
@@ -150,7 +154,7 @@ class Load:
             answer = loading.export.source.read(loading.intervals, loading.table.column_names, self.part)
             frames = self._answer.enter_context(answer)
             self.seconds.source += time.monotonic() - began
-            every = counted(self._until_stopped(frames), self.tallies)
+            every = unresolved.watch(counted(self._until_stopped(frames), self.tallies))
             copied = ingest.copy_frames(
                 self.session,
                 loading.table,
@@ -187,6 +191,9 @@ class Load:
                     _advise_index(self.session, loading.table, loading.log)
                 tally.merged = merge.merge(self.session, loading.table, self._staging)
         self._staged.close()
+        if self._unresolved:
+            # Of an interval that lacks rows nobody knows which.
+            self._unresolved.resolve(tally.interval for tally in self.tallies.values() if not tally.merged.missing)
         self.seconds.merge += time.monotonic() - began
 
     def stop(self) -> None:
@@ -211,6 +218,8 @@ class Load:
             bad = list(some)
             tally = self.tallies[start]
             tally.set_aside(bad)
+            if self._unresolved:
+                self._unresolved.reject(tally.interval, bad)
             rejected.keep(self.session, loading.table, loading.export.export, tally.interval, loading.run_id, bad)
 
 
