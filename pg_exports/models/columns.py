@@ -95,11 +95,34 @@ def value(kind: Kind, column: str, name: str) -> str:
         case Kind.BOOLEAN:
             return f"CAST({text} AS Nullable(Bool))"
         case Kind.DATE:
-            return f"CAST({column} AS Nullable(Date32))"
+            date = _checked(f"CAST({column} AS Nullable(Date32))", text, name, "no date")
+            micros = f"toUnixTimestamp64Micro(toDateTime64({column}, 6, 'UTC'))"
+            return _within(date, column, "DateTime64", micros, 10**6, name)
         case Kind.TIMESTAMP:
-            return f"toDateTime64({column}, 6, 'UTC')"
+            time = f"toDateTime64({column}, 6, 'UTC')"
+            seconds = f"toFloat64({column})"
+            return _within(time, column, "U?Int|Float|Decimal", seconds, 1, name)
         case Kind.TEXT_LIST:
             return f"CAST({column} AS Array(Nullable(String)))"
+
+
+_FIRST_SECOND, _END_SECOND = -62_167_219_200, 253_402_300_800
+"""The years 0 to 9999, in seconds since 1970. Of other times ClickHouse makes the nearest one of these where it converts."""
+
+
+def _within(value: str, column: str, types: str, number: str, a_second: int, name: str) -> str:
+    """A date or time. An error if the column has one of the types (a pattern) and its number is outside the years; a second
+    is `a_second` in it.
+    """
+    message = quoted(
+        f"Column {name} holds a time outside the years 0 to 9999, which this conversion would change. Numbers are seconds: "
+        "for milliseconds have the query use fromUnixTimestamp64Milli"
+    )
+    # Constant for ClickHouse, so that the number is computed for these types alone.
+    is_one = f"match(toTypeName({column}), '^(Nullable[(])?({types})')"
+    is_outside = f"{number} < {_FIRST_SECOND * a_second} OR {number} >= {_END_SECOND * a_second}"
+    outside = f"if({is_one}, ifNull({is_outside}, 0), 0)"
+    return f"{value} + throwIf({outside}, {message})"
 
 
 _TEXT_TYPES = "'Nullable(String)', 'LowCardinality(String)', 'LowCardinality(Nullable(String))'"

@@ -7,9 +7,10 @@ COPY refuses.
 """
 
 import json
+import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -104,6 +105,13 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
             no_utf8 = (source.name, f"Column {source.name} holds a text that is no UTF-8, {cannot}")
             no_text = (source.name, f"Column {source.name} holds a NUL or half a surrogate pair, {cannot}")
             reasons = dict.fromkeys(mended, no_text) | dict.fromkeys(unread, no_utf8) | reasons
+        past = types.past_range(values, destination)
+        if past.any():
+            shown = _plain(values.filter(past))
+            reasons = {
+                row: (source.name, _past_range(source, destination, text))
+                for row, text in zip(past.arg_true(), shown, strict=True)
+            } | reasons
         for misfits, remedy in types.misfits(values, source, destination, table.model):
             if misfits.any():
                 reason = _reason(source, destination, table, remedy)
@@ -127,6 +135,14 @@ def _too_great(source: Column, number: object) -> str:
     return (
         f"Column {source.name} holds {number}, which is no whole number of 64 bits: exports carry -9223372036854775808 to "
         "9223372036854775807. Correct the row in ClickHouse, and run the interval again."
+    )
+
+
+def _past_range(source: Column, destination: DestinationColumn, time: object) -> str:
+    first, last = types.range_text(destination)
+    return (
+        f"Column {source.name} holds {time}, which {destination.declared} cannot hold: it has {first} to {last}. Correct the "
+        "row in ClickHouse, and run the interval again."
     )
 
 
@@ -155,22 +171,54 @@ def bad_rows(frame: pl.DataFrame, reasons: Mapping[int, tuple[str | None, str]],
     r"""Rows of a frame as bad ones, by row with the column at fault and the reason. A byte that is no UTF-8 is \udcXX."""
     found = sorted(reasons)
     rows = frame[found]
-    originals = as_read.originals(rows)
+    intervals = rows[INTERVAL].to_list() if INTERVAL in rows.columns else [None] * len(found)
     bad = []
-    for n, values in enumerate(rows.drop(IDENTITY, AS_READ, strict=False).iter_rows(named=True)):
-        interval = values.pop(INTERVAL, None)
-        row = values | originals.get(n, {})
-        key = {name: row[name] for name in model.key}
-        column, reason = reasons[found[n]]
-        text = json.dumps(row, default=str)
+    for place, interval, row in zip(
+        found, intervals, _values(rows.drop(IDENTITY, INTERVAL, strict=False)), strict=True
+    ):
+        column, reason = reasons[place]
+        text = _json(row)
         if len(text) > ROW_BYTES:
             cut = {name: value[:KEPT_CHARACTERS] if isinstance(value, str) else value for name, value in row.items()}
-            text = json.dumps(cut, default=str)
+            text = _json(cut)
             reason = (
                 f"{reason}\nThe row is too great to be kept: of each text the first {KEPT_CHARACTERS} characters are."
             )
-        bad.append(BadRow(json.dumps(key, default=str), column, reason, text, interval))
+        bad.append(BadRow(_json({name: row[name] for name in model.key}), column, reason, text, interval))
     return bad
+
+
+def keys(frame: pl.DataFrame, model: Model) -> Iterator[str]:
+    """The key of each row, as a `BadRow` has it."""
+    beside = [AS_READ] if AS_READ in frame.columns else []
+    for row in _values(frame.select(*model.key, *beside)):
+        yield _json({name: row[name] for name in model.key})
+
+
+def _values(frame: pl.DataFrame) -> Iterator[dict[str, object]]:
+    """The rows as they were, in values that JSON has. The frame may have `AS_READ`."""
+    originals = as_read.originals(frame)
+    columns = frame.drop(AS_READ, strict=False)
+    for place, values in enumerate(zip(*map(_plain, columns.iter_columns()), strict=True)):
+        yield dict(zip(columns.columns, values, strict=True)) | originals.get(place, {})
+
+
+def _plain(values: pl.Series) -> Sequence[object]:
+    """The values as Python has them, or as texts: Python has no times outside the years 1 to 9999, JSON no NaN."""
+    if values.dtype.is_temporal():
+        shown = types.date_text if values.dtype == pl.Date else types.time_text
+        return [None if value is None else shown(value) for value in values.to_physical()]
+    if values.dtype.is_float():
+        return [value if value is None or math.isfinite(value) else _NOT_FINITE[str(value)] for value in values]
+    return values.to_list()
+
+
+_NOT_FINITE = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+"""Numbers that JSON has not, as Postgres writes them."""
+
+
+def _json(values: Mapping[str, object]) -> str:
+    return json.dumps(values, allow_nan=False)
 
 
 def repaired_json(text: str) -> str:

@@ -160,6 +160,11 @@ def copy_line(error: dbapi.Error, table: str) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def constraint(error: dbapi.Error) -> str:
+    """The name of the constraint that refused, or nothing."""
+    return _fields(error).get("PG_DIAG_CONSTRAINT_NAME", "")
+
+
 def _fields(error: dbapi.Error) -> dict[str, str]:
     return {
         name.decode() if isinstance(name, bytes) else name: value.decode(errors="replace")

@@ -38,7 +38,7 @@ PIECES_AHEAD = 1
 """Pieces that wait, ready, while Postgres takes one."""
 
 SMALL_LOT = 256
-"""Rows of the first COPY after one that Postgres refused."""
+"""Rows of the first COPY after a row that Postgres refused and named."""
 
 SetAside = Callable[[list[BadRow]], None]
 """Takes rows that were rejected, a piece's at a time."""
@@ -83,6 +83,7 @@ def copy_frames(
         PassingError: the connection broke.
     """
     copied = Copied()
+    _check_constraints_at_once(session, table)
     with read_ahead(_ready(frames, table, on_bad_rows, interval_column, copied), PIECES_AHEAD) as ready:
         for piece in ready:
             began = time.monotonic()
@@ -181,44 +182,101 @@ def _copy(
 ) -> tuple[pl.Series, list[BadRow]]:
     """COPY one piece; gives a mask of the rows that went in, and those that Postgres refused.
 
-    COPY names the first row that it refuses. The rows before it are sent again, it is left out, and the rest follows in
-    small lots that grow while they are good, so that a bad row costs one small COPY more and not the rest of the piece.
+    A row is refused only if Postgres refuses it alone, once those before it are in. Where COPY names a row, those before
+    it are sent, and then that one alone; the rest follows in small lots that grow while they are good. Where it names none,
+    or not the right one, the lot is halved.
     """
     bad: dict[int, tuple[str | None, str]] = {}
     rows, height = piece.rows, piece.rows.good.height
     begin, lot = 0, height
+    # Before `suspect` there is a row that was refused among others; `is_named`: the lot ends before one that COPY has named.
+    suspect, is_named = 0, False
+    is_about_rows = False
+    error: dbapi.Error | None = None
+    session.execute(_SAVEPOINT, doing="setting a savepoint")
     while begin < height:
-        if begin in bad:
-            begin, lot = begin + 1, SMALL_LOT
-            continue
         size = min(lot, height - begin)
-        session.execute("SAVEPOINT pg_exports_copy", doing="setting a savepoint")
-        try:
-            session.copy(table.destination.schema, into, piece.batches(begin, size))
-        except dbapi.Error as error:
-            row = _refused_row(error, into)
-            if row is None or row >= size:
-                session.explain(error, f"copying rows into {table.qualified}")
-            bad[begin + row] = None, errors.server_message(error)
+        error = _refused(session, table, into, piece.batches(begin, size))
+        if error is None:
+            begin += size
+            lot = max(1, (suspect - begin) // 2) if begin < suspect else lot * 2
+            is_named = False
+            session.execute("RELEASE SAVEPOINT pg_exports_copy", doing="releasing a savepoint")
+            if begin < height:
+                session.execute(_SAVEPOINT, doing="setting a savepoint")
+            continue
+        row = errors.copy_line(error, into)
+        if size == 1:
+            # What a trigger refuses of each statement is no row's fault.
+            if row is None and not is_about_rows and _refused(session, table, into, piece.batches(begin, 0)):
+                session.explain(error, f"copying rows into {table.qualified}, even none")
+            is_about_rows = is_about_rows or row is None
+            bad[begin] = None, errors.server_message(error)
             if on_bad_rows == "fail":
                 break
-            session.execute("ROLLBACK TO SAVEPOINT pg_exports_copy", doing="going back to a savepoint")
-            lot = row
+            begin, lot, suspect = begin + 1, SMALL_LOT if row else 1, 0
+        elif row and row <= size and not is_named:
+            lot, suspect, is_named = max(1, row - 1), begin + row, row > 1
         else:
-            begin, lot = begin + size, lot * 2
+            lot, suspect, is_named = size // 2, begin + size, False
+    if error:
         session.execute("RELEASE SAVEPOINT pg_exports_copy", doing="releasing a savepoint")
     went_in = bad_rows.mask(bad, height).not_()
     return went_in, bad_rows.bad_rows(rows.as_they_were, bad, table.model) if bad else []
 
 
-# A data exception, a constraint that is about rows, a value too long or nested too deep.
-_ABOUT_A_ROW = ("22", "23", "54000", "54001")
+def _refused(session: Session, table: DestinationTable, into: str, batches: pa.RecordBatchReader) -> dbapi.Error | None:
+    """COPY some rows, all or none; gives Postgres's refusal if it is about what a row holds. Raises any other one."""
+    try:
+        session.copy(table.destination.schema, into, batches)
+    except dbapi.Error as error:
+        if not (error.sqlstate or "").startswith(_ABOUT_A_ROW):
+            session.explain(error, f"copying rows into {table.qualified}")
+        session.execute("ROLLBACK TO SAVEPOINT pg_exports_copy", doing="going back to a savepoint")
+        if error.sqlstate == _FOREIGN_KEY and _refers_to_itself(session, table, errors.constraint(error)):
+            session.explain(error, f"copying rows into {table.qualified}, which refers to itself")
+        return error
+    return None
 
 
-def _refused_row(error: dbapi.Error, into: str) -> int | None:
-    """Which row of a COPY it was (from 0), if Postgres refused it for what it holds."""
-    line = errors.copy_line(error, into)
-    return line - 1 if line and (error.sqlstate or "").startswith(_ABOUT_A_ROW) else None
+_SAVEPOINT = "SAVEPOINT pg_exports_copy"
+
+# A trigger's query that finds too many rows, a data exception, a constraint that is about rows, a value too long or nested too
+# deep, what a trigger raises.
+_ABOUT_A_ROW = ("21", "22", "23", "54000", "54001", "P0")
+
+_FOREIGN_KEY = "23503"
+
+
+def _check_constraints_at_once(session: Session, table: DestinationTable) -> None:
+    """Have the table's deferred constraints checked by each statement of the transaction: COMMIT would name no row.
+
+    All but its foreign keys to itself: a row's parent may come later.
+    """
+    [(deferred,)] = session.rows(
+        f"""
+        SELECT string_agg(DISTINCT format('%s.%I', connamespace::regnamespace, conname), ', ')
+        FROM pg_constraint
+        WHERE conrelid IN ({_WITH_PARTITIONS}) AND condeferred AND NOT (contype = 'f' AND confrelid IN ({_WITH_PARTITIONS}))
+        """,
+        table.oid,
+        doing="reading the table's constraints",
+    )
+    if deferred:
+        session.execute(f"SET CONSTRAINTS {deferred} IMMEDIATE", doing="having constraints checked at once")
+
+
+def _refers_to_itself(session: Session, table: DestinationTable, constraint: str) -> bool:
+    """Whether it is a foreign key of the table to itself. A row that it refuses may be good: its parent may come later."""
+    sql = f"""
+        SELECT FROM pg_constraint
+        WHERE conrelid IN ({_WITH_PARTITIONS}) AND confrelid IN ({_WITH_PARTITIONS})
+            AND contype = 'f' AND conname = $2
+    """
+    return bool(session.rows(sql, table.oid, constraint, doing="reading the table's constraints"))
+
+
+_WITH_PARTITIONS = "SELECT $1::bigint::oid UNION ALL SELECT relid FROM pg_partition_tree($1::bigint::oid)"
 
 
 def _failure(bad: BadRow) -> str:

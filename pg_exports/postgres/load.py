@@ -25,6 +25,7 @@ from pg_exports.postgres.ledger import Past
 from pg_exports.postgres.merge import Merged
 from pg_exports.postgres.progress import Progress
 from pg_exports.postgres.registry import Writing
+from pg_exports.postgres.rejected import Unresolved
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 from pg_exports.postgres.tally import Tally, by_interval, counted
@@ -104,6 +105,7 @@ class Load:
     _sieve: Sieve | None = field(init=False)
     _writing: Writing = field(init=False)
     _read_since: str = ""
+    _unresolved: Unresolved | None = None
     _staging: str | None = None
     _staged: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _answer: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -137,6 +139,8 @@ class Load:
         several = len(loading.intervals) > 1
         self._writing.begin()
         self._read_since = merge.snapshot(self.session)
+        unresolved = Unresolved(self.session, loading.table, loading.export.export, loading.intervals)
+        self._unresolved = unresolved
         if not loading.goes_straight_in:
             staging = merge.staging_table(self.session, loading.table, of_several_intervals=several)
             self._staging = self._staged.enter_context(staging)
@@ -155,7 +159,7 @@ class Load:
             answer = loading.export.source.read(loading.intervals, loading.table.column_names, self.part)
             frames = self._answer.enter_context(answer)
             self.seconds.source += time.monotonic() - began
-            every = counted(self._until_stopped(frames), self.tallies)
+            every = unresolved.watch(counted(self._until_stopped(frames), self.tallies))
             copied = ingest.copy_frames(
                 self.session,
                 loading.table,
@@ -195,6 +199,9 @@ class Load:
         if self._staging and rule:
             merge.check_superseded(self.session, loading.table, self._staging, rule, self._read_since)
         self._staged.close()
+        if self._unresolved:
+            # Of an interval that lacks rows nobody knows which.
+            self._unresolved.resolve(tally.interval for tally in self.tallies.values() if not tally.merged.missing)
         self._writing.end(sum(tally.merged.inserted for tally in self.tallies.values()))
         self.seconds.merge += time.monotonic() - began
 
@@ -220,6 +227,8 @@ class Load:
             bad = list(some)
             tally = self.tallies[start]
             tally.set_aside(bad)
+            if self._unresolved:
+                self._unresolved.reject(tally.interval, bad)
             rejected.keep(self.session, loading.table, loading.export.export, tally.interval, loading.run_id, bad)
 
 

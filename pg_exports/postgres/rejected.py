@@ -1,13 +1,18 @@
 """Rejected rows: a table beside the destination keeps them with the reason, so that no row is dropped silently.
 
-It is written in the interval's transaction. A row that a later run of the interval no longer rejects gets a
-`resolved_at`. Keys are JSON and not JSONB, which has no NUL: it may be what is wrong with them.
+It is written in the interval's transaction. An entry gets a `resolved_at` when a later run of the interval reads its row
+and does not reject it. Keys are JSON and not JSONB, which has no NUL: it may be what is wrong with them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from hashlib import md5
+from typing import TypeVar
+
+import polars as pl
 
 from pg_exports.interval import Interval
-from pg_exports.postgres import schemas
+from pg_exports.models import INTERVAL
+from pg_exports.postgres import bad_rows, schemas
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
@@ -17,6 +22,9 @@ TABLE = "pg_exports_rejected"
 
 BATCH_ROWS, BATCH_BYTES = 1_000, 16 * 1024 * 1024
 """What one statement takes: rows, and bytes of rows unless a single one has more."""
+
+MOST_UNRESOLVED = 100_000
+"""Entries that one run looks for, about 10 MB. If there are more, the others wait for the next run."""
 
 _CREATE = """
 CREATE TABLE IF NOT EXISTS {rejected} (
@@ -36,11 +44,19 @@ CREATE TABLE IF NOT EXISTS {rejected} (
 )
 """
 
+_UNRESOLVED = """
+SELECT DISTINCT number, md5(key::text)
+FROM {rejected}
+JOIN unnest($3::text[]::timestamptz[], $4::text[]::timestamptz[]) WITH ORDINALITY AS intervals(first, last, number)
+    ON interval_start = first AND interval_end = last
+WHERE destination = $1 AND export = $2 AND resolved_at IS NULL
+LIMIT $5
+"""
+
 _RESOLVE = """
 UPDATE {rejected} SET resolved_at = clock_timestamp()
-WHERE destination = $1 AND export = $2 AND resolved_at IS NULL AND run_id <> $5 AND (interval_start, interval_end) IN (
-    SELECT * FROM unnest($3::text[]::timestamptz[], $4::text[]::timestamptz[])
-)
+WHERE destination = $1 AND export = $2 AND interval_start = $3::text::timestamptz AND interval_end = $4::text::timestamptz
+    AND resolved_at IS NULL AND md5(key::text) = ANY ($5::text[])
 """
 
 _KEEP = """
@@ -64,24 +80,83 @@ def ensure(session: Session, schema: str) -> None:
     schemas.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
 
 
-def resolve(session: Session, table: DestinationTable, export: str, intervals: Sequence[Interval], run_id: str) -> None:
-    """Take the intervals' rejected rows for resolved that this run, which has written the intervals, did not set aside."""
-    session.execute(
-        _RESOLVE.format(rejected=quoted(table.destination.schema, TABLE)),
-        table.destination.table,
-        export,
-        [interval.start.isoformat() for interval in intervals],
-        [interval.end.isoformat() for interval in intervals],
-        run_id,
-        doing="resolving rejected rows",
-    )
+class Unresolved:
+    """The unresolved entries of some intervals: which of them a run has met again, and which it has rejected again.
+
+    An entry and a row belong together if they have the same key. Without entries nothing is done to any row.
+    """
+
+    def __init__(self, session: Session, table: DestinationTable, export: str, intervals: Sequence[Interval]) -> None:
+        """Reads the entries of this export and destination. Raises as a session's statements do."""
+        self._session = session
+        self._of = quoted(table.destination.schema, TABLE), table.destination.table, export
+        self._model = table.model
+        rejected, *of = self._of
+        entries = session.rows(
+            _UNRESOLVED.format(rejected=rejected),
+            *of,
+            [interval.start.isoformat() for interval in intervals],
+            [interval.end.isoformat() for interval in intervals],
+            MOST_UNRESOLVED,
+            doing="reading the rejected rows of earlier runs",
+        )
+        self._entries: dict[Interval, set[str]] = {}
+        for number, key in entries:
+            self._entries.setdefault(intervals[int(str(number)) - 1], set()).add(str(key))
+        self._by_position = {interval.position: interval for interval in self._entries}
+        self._met: dict[Interval, set[str]] = {interval: set() for interval in self._entries}
+        self._rejected: dict[Interval, set[str]] = {interval: set() for interval in self._entries}
+
+    @property
+    def intervals(self) -> Collection[Interval]:
+        """The intervals that have any."""
+        return self._entries.keys()
+
+    def watch(self, frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        """The frames as they are, with a note of the entries whose rows they hold."""
+        if not self._entries:
+            yield from frames
+            return
+        for frame in frames:
+            keys = bad_rows.keys(frame, self._model)
+            for position, key in zip(frame[INTERVAL], keys, strict=True):
+                if interval := self._by_position.get(position):
+                    self._note(self._met, interval, key)
+            yield frame
+
+    def reject(self, interval: Interval, rows: Iterable[BadRow]) -> None:
+        """Rows that were rejected now."""
+        for row in rows:
+            self._note(self._rejected, interval, row.key)
+
+    def resolve(self, intervals: Iterable[Interval]) -> None:
+        """Resolve the entries of these intervals whose row was met and not rejected. All their other rows have landed."""
+        rejected, *of = self._of
+        for interval in intervals:
+            landed = sorted(self._met.get(interval, set()) - self._rejected.get(interval, set()))
+            for keys in _batches(landed, size=len):
+                self._session.execute(
+                    _RESOLVE.format(rejected=rejected),
+                    *of,
+                    interval.start,
+                    interval.end,
+                    keys,
+                    doing="resolving rejected rows",
+                )
+
+    def _note(self, where: dict[Interval, set[str]], interval: Interval, key: str) -> None:
+        hashed = md5(key.encode(), usedforsecurity=False).hexdigest()
+        if hashed in self._entries.get(interval, ()):
+            where[interval].add(hashed)
 
 
 def keep(
     session: Session, table: DestinationTable, export: str, interval: Interval, run_id: str, rows: Sequence[BadRow]
 ) -> None:
     """Set rows aside. The same row of the same interval is kept once."""
-    for batch in _batches(rows):
+    # One statement may not meet a row that it has just written.
+    different = list({bad.row: bad for bad in rows}.values())
+    for batch in _batches(different, size=lambda bad: len(bad.row)):
         session.execute(
             _KEEP.format(rejected=quoted(table.destination.schema, TABLE)),
             table.destination.table,
@@ -97,15 +172,18 @@ def keep(
         )
 
 
-def _batches(rows: Sequence[BadRow]) -> Iterator[list[BadRow]]:
-    """Different rows, as many together as one statement takes: it may not meet a row that it has just written."""
-    batch: list[BadRow] = []
-    size = 0
-    for bad in {bad.row: bad for bad in rows}.values():
-        if batch and (len(batch) == BATCH_ROWS or size + len(bad.row) > BATCH_BYTES):
+Item = TypeVar("Item")
+
+
+def _batches(items: Sequence[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """The items, as many together as one statement takes."""
+    batch: list[Item] = []
+    total = 0
+    for item in items:
+        if batch and (len(batch) == BATCH_ROWS or total + size(item) > BATCH_BYTES):
             yield batch
-            batch, size = [], 0
-        batch.append(bad)
-        size += len(bad.row)
+            batch, total = [], 0
+        batch.append(item)
+        total += size(item)
     if batch:
         yield batch

@@ -5,14 +5,13 @@ compared.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import cast
 
 import polars as pl
 
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import SAMPLE, Counts, Example, Interval
 from pg_exports.models import IDENTITY, INTERVAL, Model
-from pg_exports.postgres import ledger
+from pg_exports.postgres import ledger, types
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.ledger import Past, Written
 from pg_exports.postgres.merge import Merged
@@ -31,7 +30,7 @@ class Tally:
         rejected: rows that were set aside; `examples` has some of them.
         absent: rows of parts that are not in, beside those that are known.
         merged: what the merge did with those that were copied.
-        times: the first and the last of the rows' own times, of those that were read.
+        bounds: the first and the last of the rows' own times, of those that were read, in microseconds since 1970.
     """
 
     interval: Interval
@@ -45,7 +44,7 @@ class Tally:
     bytes: int = 0
     fingerprint: Fingerprint = field(init=False)
     merged: Merged = field(default_factory=lambda: Merged(0, 0))
-    times: tuple[datetime, datetime] | None = None
+    bounds: tuple[int, int] | None = None
     examples: list[Example] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -57,11 +56,18 @@ class Tally:
         if IDENTITY in rows.columns:
             self.fingerprint += Fingerprint.of(rows[IDENTITY])
         if self.model.timestamps:
-            first, last = (rows[name] for name in self.model.timestamps)
-            times = [time for time in (*(self.times or ()), first.min(), last.max()) if time is not None]
-            if times:
-                found = cast("list[datetime]", times)
-                self.times = min(found), max(found)
+            # As numbers: Python has no times outside the years 1 to 9999.
+            first, last = (rows[name].to_physical() for name in self.model.timestamps)
+            found = [int(str(time)) for time in (first.min(), last.max()) if time is not None]
+            self.bounds = _bounds(*(self.bounds or ()), *found)
+
+    @property
+    def times(self) -> tuple[datetime | None, datetime | None]:
+        """The bounds as times; None for one that is outside the years 1 to 9999, or if there are none."""
+        if self.bounds is None:
+            return None, None
+        first, last = self.bounds
+        return types.moment(first), types.moment(last)
 
     def add(self, rows: pl.DataFrame, repaired: pl.Series, table: DestinationTable) -> None:
         """Rows that COPY took, with a mask of those that were repaired."""
@@ -106,8 +112,7 @@ def combined(parts: Sequence[Tally], others: Sequence[Tally] = ()) -> Tally:
     for part in (*parts, *others):
         tally.at_source += part.at_source
         tally.known += part.known
-        times = (*(tally.times or ()), *(part.times or ()))
-        tally.times = (min(times), max(times)) if times else None
+        tally.bounds = _bounds(*(tally.bounds or ()), *(part.bounds or ()))
     for part in parts:
         # Without that of the others, so that the interval is not taken for one that is whole.
         tally.fingerprint += part.fingerprint
@@ -119,6 +124,10 @@ def combined(parts: Sequence[Tally], others: Sequence[Tally] = ()) -> Tally:
         tally.examples += part.examples[: SAMPLE - len(tally.examples)]
     tally.absent = sum(part.copied + part.rejected for part in others)
     return tally
+
+
+def _bounds(*times: int) -> tuple[int, int] | None:
+    return (min(times), max(times)) if times else None
 
 
 def counted(frames: Iterable[pl.DataFrame], tallies: Mapping[int, Tally]) -> Iterator[pl.DataFrame]:

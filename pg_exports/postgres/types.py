@@ -6,6 +6,7 @@ column's kind and a destination's type is either listed here or an error before 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
 
 import polars as pl
 import pyarrow as pa
@@ -170,3 +171,56 @@ _CANONICAL_UUID = r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$"
 _UUID = rf"(?i){_CANONICAL_UUID}"
 
 INTEGER_BOUNDS = {"int2": 2**15, "int4": 2**31}
+
+_TIMESTAMPS, _DATES = (-210_866_803_200_000_000, 2**63 - 1), (-2_440_588, 2_145_042_905)
+TIME_BOUNDS = {"timestamptz": _TIMESTAMPS, "timestamp": _TIMESTAMPS, "date": _DATES}
+"""The first and the last that each type can hold, since 1970: microseconds, of which a frame has no later ones, or days."""
+
+
+def past_range(values: pl.Series, destination: DestinationColumn) -> pl.Series:
+    """Which times and dates the destination's type cannot hold. COPY refuses them all but one, which is '-infinity' there."""
+    if destination.type not in TIME_BOUNDS:
+        return pl.repeat(False, len(values), eager=True)
+    return values.to_physical().is_between(*TIME_BOUNDS[destination.type]).not_().fill_null(value=False)
+
+
+def range_text(destination: DestinationColumn) -> tuple[str, str]:
+    """The first and the last time of the destination's type that an export can write."""
+    first, last = TIME_BOUNDS[destination.type]
+    text = date_text if destination.type == "date" else time_text
+    return text(first), text(last)
+
+
+# The calendar repeats itself after 400 years.
+_CYCLE_YEARS, _CYCLE_DAYS, _DAY = 400, 146_097, 86_400_000_000
+
+
+def time_text(microseconds: int) -> str:
+    """A time in UTC as text, of any year. Python has 1 to 9999.
+
+    Args:
+        microseconds: since 1970.
+    """
+    cycles, rest = divmod(microseconds, _CYCLE_DAYS * _DAY)
+    moment = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=rest)
+    return _with_year(str(moment), moment.year + cycles * _CYCLE_YEARS)
+
+
+def date_text(days: int) -> str:
+    """A date as text, of any year, from the days since 1970."""
+    cycles, rest = divmod(days, _CYCLE_DAYS)
+    day = date(1970, 1, 1) + timedelta(days=rest)
+    return _with_year(str(day), day.year + cycles * _CYCLE_YEARS)
+
+
+def _with_year(text: str, year: int) -> str:
+    """A text that begins with a year, with another year. As Postgres has it, there is none between 1 BC and 1."""
+    return f"{year:04d}{text[4:]}" if year > 0 else f"{1 - year:04d}{text[4:]} BC"
+
+
+def moment(microseconds: int) -> datetime | None:
+    """So many microseconds after 1970 began, in UTC; None if that is outside the years 1 to 9999."""
+    try:
+        return datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)
+    except OverflowError:
+        return None

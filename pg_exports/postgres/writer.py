@@ -34,14 +34,14 @@ class Outcome:
     Attributes:
         counts: what became of each interval's rows.
         seconds: where the time went.
-        times: the first and the last of the rows' own times, of intervals that had rows to be read.
+        times: the first and the last of the rows' own times, of intervals that were read; None where there is none to show.
         rejected: some of the rows that were set aside.
         repaired: by column, how many of its values were repaired.
     """
 
     counts: Mapping[Interval, Counts] = field(default_factory=dict)
     seconds: Seconds = field(default_factory=Seconds)
-    times: dict[Interval, tuple[datetime, datetime]] = field(default_factory=dict)
+    times: dict[Interval, tuple[datetime | None, datetime | None]] = field(default_factory=dict)
     rejected: list[Example] = field(default_factory=list)
     repaired: Counter[str] = field(default_factory=Counter)
 
@@ -94,7 +94,13 @@ def write(
         alike = list(itertools.takewhile(lambda interval: _way(export, table, pasts[interval]) is way, free))
         if way is _Way.WRITTEN:
             return Outcome({interval: counts for interval in alike if (counts := pasts[interval].by_this_run)})
-        written = _unchanged(export, alike, pasts, outcome) if way is _Way.RECORDED else {}
+        if way is _Way.RECORDED:
+            # Rejected rows may have landed by another way since: only those that are read can be found to be there.
+            rejects = rejected.Unresolved(session, table, export.export, alike).intervals
+            complete = list(itertools.takewhile(lambda interval: interval not in rejects, alike))
+            written = _unchanged(export, complete, pasts, outcome) if complete else {}
+        else:
+            written = {}
         record: _Record = functools.partial(
             ledger.record,
             table=table,
@@ -108,7 +114,6 @@ def write(
             progress = Progress(f"{export.export} {spanned(together)}", lambda: export.source.count(together), log)
             loading = Loading(table, export, together, pasts, run_id, log, progress)
             written = _load(session, others, loading, record, outcome)
-        rejected.resolve(session, table, export.export, list(written), run_id)
         record(session, written=written)
     outcome.counts = {interval: what.counts for interval, what in written.items()}
     return outcome
@@ -176,8 +181,7 @@ def _load(
     for position in parts[0].tallies:
         tally = combined([part.tallies[position] for part in parts])
         outcome.rejected += tally.examples
-        if tally.times:
-            outcome.times[tally.interval] = tally.times
+        outcome.times[tally.interval] = tally.times
     return _written(loading, parts)
 
 
