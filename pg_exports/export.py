@@ -4,7 +4,6 @@ What is exported is `models/`'s business, when is `partitions`'; how rows are re
 """
 
 import re
-import time
 import warnings
 from collections.abc import Mapping
 from datetime import UTC, date, datetime
@@ -23,7 +22,7 @@ from pg_exports.connection_check import Setup
 from pg_exports.errors import SettingsError
 from pg_exports.interval import Deduplicate, Interval, IntervalFrames, OnBadRows
 from pg_exports.models import MODELS, AddedColumn, Model, OwnModel, PropertyFilter, Selection, with_columns
-from pg_exports.partitions import Grid, IntervalLength, intervals, recent, unsettled
+from pg_exports.partitions import Grid, IntervalLength, intervals, recent
 from pg_exports.postgres import PostgresIOManager, PostgresResource
 from pg_exports.postgres import io_manager as io
 from pg_exports.postgres.table import Destination
@@ -366,10 +365,6 @@ class PostgresExport(SettingsComponent):
                 )
             keys = context.partition_key_range
             asked = intervals(partitions, keys.start, keys.end, datetime.now(UTC))
-            wait = unsettled(asked, datetime.now(UTC)).total_seconds()
-            if wait > 0:
-                context.log.info(f"Waiting {wait:.0f} s: {asked[-1]} ended less than a minute ago.")
-                time.sleep(wait)
             frames = IntervalFrames(
                 export=self.key,
                 model=model,

@@ -90,6 +90,14 @@ class Seconds:
 class Source(Protocol):
     """Where an export's rows come from. All intervals that are asked for together follow each other."""
 
+    def settle(self, last: Interval) -> None:
+        """Wait until the interval has been over for a minute by the source's own clock.
+
+        Raises:
+            SettingsError: it is not over for a long time yet.
+        """
+        ...
+
     def read(
         self, intervals: Sequence[Interval], columns: Collection[str], part: Part = WHOLE
     ) -> AbstractContextManager[Iterator[pl.DataFrame]]:

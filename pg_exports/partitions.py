@@ -149,9 +149,9 @@ def recent(partitions: dg.TimeWindowPartitionsDefinition, count: int, now: datet
     return tuple(reversed(found))
 
 
-def unsettled(asked: tuple[Interval, ...], now: datetime) -> timedelta:
+def unsettled(last: Interval, now: datetime) -> timedelta:
     """How long to wait until the last of a run's intervals has settled; zero or less for one that has."""
-    return asked[-1].end + SETTLING - now
+    return last.end + SETTLING - now
 
 
 def _interval(key: str, window: dg.TimeWindow) -> Interval:

@@ -4,18 +4,27 @@ import contextlib
 import functools
 import json
 import logging
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 
 import polars as pl
 
 from pg_exports.clickhouse import ClickHouseResource
+from pg_exports.errors import SettingsError
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Interval
 from pg_exports.models import Model, Part, Query, Selection
 from pg_exports.models.model import WHOLE, moment
+from pg_exports.partitions import unsettled
+
+CLOCKS_DIFFER = timedelta(days=1)
+"""An interval that ended longer ago by this machine's clock is over by ClickHouse's, too."""
+
+MOST_WAITED = timedelta(minutes=10)
+"""How long a run waits for ClickHouse's clock to come to its interval's end."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +45,24 @@ class Reader:
     about: dict[str, str]
     log: logging.Logger
     _sent: dict[Interval, list[str]] = field(default_factory=dict)
+
+    def settle(self, last: Interval) -> None:
+        """See `Source`."""
+        if datetime.now(UTC) - last.end > CLOCKS_DIFFER:
+            return
+        [(now,)] = self.clickhouse.rows(
+            Query("SELECT toUnixTimestamp64Micro(now64(6))", {}), log_comment=self._comment([last])
+        )
+        wait = unsettled(last, moment(now))
+        if wait > MOST_WAITED:
+            raise SettingsError(
+                f"{last} is not over by the clock of ClickHouse, where it is {moment(now):%Y-%m-%d %H:%M:%S} UTC; here it is "
+                f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC. Set the clock that is wrong, and run the interval again. Nothing "
+                "was exported."
+            )
+        if wait > timedelta(0):
+            self.log.info(f"Waiting {wait.total_seconds():.0f} s: {last} ended less than a minute ago in ClickHouse.")
+            time.sleep(wait.total_seconds())
 
     @contextlib.contextmanager
     def read(

@@ -266,9 +266,9 @@ def test_an_interval_settles_for_a_minute_after_its_end_before_a_run_reads_it() 
     partitions = Grid("hour", "UTC").partitions("2026-11-20")
     end = utc("2026-11-20T14:00")
     asked = intervals(partitions, "2026-11-20-10:00", "2026-11-20-13:00", end)
-    assert unsettled(asked, end) == timedelta(minutes=1)
-    assert unsettled(asked, end + timedelta(seconds=45)) == timedelta(seconds=15)
-    assert unsettled(asked, end + timedelta(minutes=1)) == timedelta(0)
+    assert unsettled(asked[-1], end) == timedelta(minutes=1)
+    assert unsettled(asked[-1], end + timedelta(seconds=45)) == timedelta(seconds=15)
+    assert unsettled(asked[-1], end + timedelta(minutes=1)) == timedelta(0)
 
 
 def test_a_range_far_into_the_future_is_refused_at_once() -> None:

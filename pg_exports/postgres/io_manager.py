@@ -99,6 +99,7 @@ class PostgresIOManager(dg.ConfigurableIOManager):
 
     def _write(self, context: dg.OutputContext, export: IntervalFrames, progress: "_Progress") -> None:
         destination = destination_of(context.definition_metadata)
+        export.source.settle(export.intervals[-1])
         with (
             self.postgres.session(destination.database, context.log) as session,
             self._further_sessions(context, destination, export) as others,
