@@ -2,47 +2,52 @@
 
 import re
 
+from adbc_driver_manager import AdbcStatusCode
 from adbc_driver_postgresql import dbapi
 
 from pg_exports.errors import DestinationError, PassingError
 from pg_exports.postgres.identifiers import quoted
 
-# Classes and codes of Postgres's "Appendix A" that a later try may not meet.
+# Classes and codes of Postgres's "Appendix A" that a later try may not meet. All others are about the statement, a privilege
+# or a value: another try meets them again.
 PASSING_SQLSTATES = (
-    "08",  # connection exceptions
+    "08",  # connection exceptions; a pooler's refusals, too
+    "25P03",  # idle in transaction timeout
+    "25P04",  # transaction timeout
+    "26000",  # invalid statement name: a pooler gave a statement's messages to two servers
     "40",  # transaction rollback: deadlock, serialization
     "53",  # insufficient resources: disk, memory, connections
+    "55006",  # object in use
     "55P03",  # lock_not_available
     "57P",  # operator intervention: shutdown, cannot connect now
-    "25P03",  # idle in transaction timeout
-    "58030",  # I/O error
+    "58",  # system and I/O errors; PgCat's refusals
+    "XX000",  # internal error: races in the catalog ("tuple concurrently updated"); Supavisor's and Neon's refusals
 )
 
 READ_ONLY = "25006"
 """read_only_sql_transaction. Servers change roles in a failover, so it may pass."""
+
+_QUERY_CANCELED = "57014"
+
+# The driver, which looks for the names of types without quotes.
+_UNKNOWN_TYPES = "Postgres type with oid 0 not found"
+
+_UNKNOWN_TYPES_REMEDY = (
+    "quote_all_identifiers is on for this role, database or server, and the Postgres driver cannot read the types' names "
+    "then. Run as a superuser: ALTER ROLE ... SET quote_all_identifiers = off;"
+)
 
 _STANDBY_REMEDY = (
     "The server is a read-only standby, or was made read-only. If that does not pass by itself, set `host` "
     "(POSTGRES_HOST) to the primary."
 )
 
-_CONNECTION_LOST = (
-    "server closed the connection",
-    "could not receive data",
-    "could not send data",
-    "connection to server was lost",
-    "no connection to the server",
-    "SSL connection has been closed",
-    "SSL SYSCALL error",
-    "unexpected eof while reading",
-    "Connection reset",
-    "terminating connection",
-)
-
-# libpq's words for a failed connection (they carry no SQLSTATE), and what to do about each.
-_CONNECT_REMEDIES = (
+# What is known to stay as it is until somebody changes it, and what to change. A failed connection has no SQLSTATE, only
+# the words of Postgres, of libpq or of a pooler.
+_PERMANENT_CONNECTS = (
     (
-        "password authentication failed",
+        # SASL: PgBouncer. The password that was provided: RDS Proxy. IAM: RDS Proxy, Cloud SQL.
+        r"(password|SASL) authentication failed|The password that was provided|IAM (user )?authentication failed for",
         "Check the connection's `user` and `password` (for `postgres`: POSTGRES_USER, POSTGRES_PASSWORD).",
     ),
     (
@@ -50,9 +55,15 @@ _CONNECT_REMEDIES = (
         "Set `password` (POSTGRES_PASSWORD).",
     ),
     (
-        "does not exist",
+        r'(database|role) ".*" does not exist|no such (database|user)|No pool configured for database',
         "Check `database` (the export's, or POSTGRES_DATABASE) and `user` (POSTGRES_USER); an export does not create "
         "databases or roles.",
+    ),
+    (
+        # Supavisor, with the SQLSTATE of an internal error.
+        r"[Tt]enant or user not found|tenant/user .* not found|no tenant identifier|user not found in the database",
+        "Check `user` (POSTGRES_USER): on Supabase's pooler it is the role, a dot and the project's reference. A project "
+        "that is paused is not found either.",
     ),
     (
         "permission denied for database",
@@ -74,8 +85,18 @@ _CONNECT_REMEDIES = (
         "or to `system` for a public one; or renew the server's certificate.",
     ),
     (
-        "no pg_hba.conf entry",
+        r"no pg_hba\.conf entry|pg_hba\.conf rejects",
         "The server does not let this user in from here over TLS: add a `hostssl` line to its pg_hba.conf.",
+    ),
+    (
+        # Supavisor, Neon.
+        "not in tenant allow_list|is not allowed to connect to this endpoint",
+        "Add this machine's address to the addresses that the provider lets in.",
+    ),
+    (
+        r"(Peer|Ident|GSSAPI|SSPI|certificate) authentication failed|GSSAPI continuation error|valid client certificate"
+        r"|certificate required|authentication method \d+ not supported",
+        "pg_exports logs in with a password: give this user a `hostssl` line with `scram-sha-256` in pg_hba.conf.",
     ),
     (
         "is not permitted to log in",
@@ -85,57 +106,89 @@ _CONNECT_REMEDIES = (
         "invalid port number",
         "Set `port` (POSTGRES_PORT) to the server's port, 5432 by default.",
     ),
-    (
-        "could not translate host name",
-        "Check `host` (POSTGRES_HOST).",
-    ),
 )
 
-_PASSING_CONNECTS = (
-    "Connection refused",
-    "timeout expired",
-    "Connection timed out",
-    "No route to host",
-    "Network is unreachable",
-    "too many clients",
-    "too many connections",
-    "remaining connection slots",
-    "is starting up",
-    "is not yet accepting connections",
-    "is shutting down",
-    "in recovery mode",
-    *_CONNECTION_LOST,
+# A pooler repeats the last refusal that it met itself: that one may be over.
+_CACHED_REFUSAL = "server_login_retry"
+
+_FEWER = "or let fewer exports connect at a time (`pools` in dagster.yaml)."
+
+# Limits pass when others hang up; if they do not, somebody has to raise them.
+_LIMITS = (
+    (r'too many connections for role "(.*?)"', f'Run as a superuser: ALTER ROLE "{{0}}" CONNECTION LIMIT -1; {_FEWER}'),
+    (
+        r'too many connections for database "(.*?)"',
+        f'Run as its owner: ALTER DATABASE "{{0}}" CONNECTION LIMIT -1; {_FEWER}',
+    ),
+    (
+        "too many clients already|remaining connection slots",
+        f"Raise the server's max_connections, put a pooler before it, {_FEWER}",
+    ),
+    (
+        r"(max_client_conn|max_user_client_connections|max_db_client_connections|query_wait_timeout)",
+        f"Raise PgBouncer's {{0}} or its pool's size, {_FEWER}",
+    ),
+    (
+        r"FATAL: +(query|idle transaction|transaction)[ _]timeout",
+        "A pooler ended it: raise PgBouncer's {0} timeout for this user, as an interval may take an hour.",
+    ),
+    (
+        # Supavisor, RDS Proxy, Neon.
+        "EMAXCONN|EMAXCLIENT|MaxClientsInSessionMode|[Mm]ax client connections reached|max clients reached"
+        "|ECHECKOUTTIMEOUT|Unable to check out|maximum number of client connections"
+        "|Timed-out waiting to acquire|[Tt]oo many (database )?connection",
+        f"Raise the size of the pooler's pool, {_FEWER}",
+    ),
 )
 
 
 def connecting(error: dbapi.Error, *, address: str, user: str, database: str) -> DestinationError | PassingError:
-    """The error to raise when no connection could be made."""
-    reason = _libpq_text(error)
-    said = f"No connection to Postgres at {address}, database {database}, as {user}: {reason}"
-    if "Temporary failure in name resolution" in reason:
-        return PassingError(f"{said}\nIs `host` (POSTGRES_HOST) right, and does this machine's name server answer?")
-    # Before what passes: of a host with two addresses one may refuse the connection and the other the password.
-    for words, remedy in _CONNECT_REMEDIES:
-        if words in reason:
-            return DestinationError(f"{said}\n{remedy.format(user=quoted(user), database=quoted(database))}")
-    if any(words in reason for words in _PASSING_CONNECTS):
+    """The error to raise when no connection could be made. What is not known to be permanent is taken as passing."""
+    reason, state = server_message(error), error.sqlstate or ""
+    message = f"No connection to Postgres at {address}, database {database}, as {user}: {reason}"
+    if state == _QUERY_CANCELED:
+        # The driver reads the catalog before it takes any setting from us.
         return PassingError(
-            f"{said}\nIs the server running, and are `host` and `port` (POSTGRES_HOST, POSTGRES_PORT) right?"
+            f"{message}\nIf it is a statement_timeout, run as a superuser: ALTER ROLE {quoted(user)} SET "
+            "statement_timeout = 0; an export bounds its statements itself."
         )
-    return DestinationError(said)
+    # Of a host with two addresses one may refuse the connection and the other the password: the latter counts.
+    for words, remedy in _PERMANENT_CONNECTS:
+        if re.search(words, reason) and _CACHED_REFUSAL not in reason:
+            return DestinationError(f"{message}\n{remedy.format(user=quoted(user), database=quoted(database))}")
+    if state and not state.startswith(PASSING_SQLSTATES):
+        return DestinationError(message)
+    if "could not translate host name" in reason:
+        return PassingError(f"{message}\nIs `host` (POSTGRES_HOST) right, and does this machine's name server answer?")
+    if "FATAL" in reason:
+        return PassingError(_with_limit(message, reason))
+    return PassingError(
+        f"{message}\nIs the server running, and are `host` and `port` (POSTGRES_HOST, POSTGRES_PORT) right?"
+    )
 
 
 def during(error: dbapi.Error, doing: str) -> DestinationError | PassingError:
     """The error to raise when a statement failed: Postgres's own message, detail and context, and where it was."""
     message, state = server_message(error), error.sqlstate or ""
-    if not state and any(words in str(error) for words in _CONNECTION_LOST):
-        return PassingError(f"The connection to Postgres broke while {doing}: {message}")
-    said = f"Postgres refused while {doing}: {message}"
-    if state == READ_ONLY or "during recovery" in message:
-        return PassingError(f"{said}\n{_STANDBY_REMEDY}")
+    if not state and error.status_code == AdbcStatusCode.IO:
+        return PassingError(_with_limit(f"The connection to Postgres broke while {doing}: {message}", message))
+    if _UNKNOWN_TYPES in message:
+        return DestinationError(f"No statement can be sent while {doing}: {_UNKNOWN_TYPES_REMEDY}")
+    refusal = f"Postgres refused while {doing}: {message}"
+    if state == READ_ONLY or re.search("during recovery|recovery is in progress", message):
+        return PassingError(f"{refusal}\n{_STANDBY_REMEDY}")
     if state.startswith(PASSING_SQLSTATES):
-        return PassingError(said)
-    return DestinationError(said)
+        return PassingError(_with_limit(refusal, message))
+    return DestinationError(refusal)
+
+
+def _with_limit(message: str, reason: str) -> str:
+    """The message, and what to do if the reason is a limit on connections or a pooler's timeout."""
+    for words, remedy in _LIMITS:
+        match = re.search(words, reason)
+        if match:
+            return f"{message}\n{remedy.format(*match.groups())}"
+    return message
 
 
 def server_message(error: dbapi.Error) -> str:
@@ -152,12 +205,13 @@ def server_message(error: dbapi.Error) -> str:
 def copy_line(error: dbapi.Error, table: str) -> int | None:
     """The line of a COPY into `table` at which Postgres refused, from 1.
 
-    Only the context's last line counts: every other part of the message may quote a value that looks like it. The word
-    for "line" is in the server's language.
+    Only the context's last line counts: every other part of the message may quote a value that looks like it. It is in the
+    server's language: "COPY t, line 1", "COPY t, Zeile 1", "tのCOPY、行 1", "t 복사, 1번째 줄".
     """
     last = _fields(error).get("PG_DIAG_CONTEXT", "").rsplit("\n", 1)[-1]
-    found = re.match(rf"COPY {re.escape(table)}, \D*(\d+)", last)
-    return int(found.group(1)) if found else None
+    name = re.escape(table)
+    match = re.match(rf"(?:COPY {name}, |{name}のCOPY、|{name} 복사, )\D*(\d+)", last)
+    return int(match.group(1)) if match else None
 
 
 def constraint(error: dbapi.Error) -> str:
@@ -173,5 +227,6 @@ def _fields(error: dbapi.Error) -> dict[str, str]:
 
 
 def _libpq_text(error: dbapi.Error) -> str:
-    text = re.sub(r"^.*?\[libpq\] (Failed to connect: )?", "", str(error), flags=re.DOTALL)
+    """Libpq's words without the driver's, which repeats the statement behind them."""
+    text = re.sub(r"^[A-Z_]+: (\[libpq\] )?(Failed to connect: )?|\s*Query was: .*", "", str(error), flags=re.DOTALL)
     return re.sub(r"\s*\n\s*", " ", text).strip()

@@ -32,7 +32,7 @@ TCP_USER_TIMEOUT = 180
 _END = """
 SELECT pg_terminate_backend(pid)
 FROM pg_stat_activity
-WHERE pid = $1 AND xact_start = $2::text::timestamptz AND usename = current_user
+WHERE pid = $1 AND (extract(epoch FROM xact_start) * 1000000)::bigint = $2 AND usename = session_user
 """
 
 # Given, so that libpq takes none of them from the environment or the home folder.
@@ -117,7 +117,13 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
             except BaseException:
                 watchdog.close()
                 raise
-        return Session(connection, watchdog, self.read_timeout)
+        session = Session(connection, watchdog, self.read_timeout)
+        try:
+            session.disable_idle_timeout()
+        except BaseException:
+            session.close()
+            raise
+        return session
 
     def _end(self, lost: ServerTransaction, database: str) -> None:
         """Have the server end a transaction whose connection broke, so that the next try need not wait for its locks."""
@@ -126,6 +132,8 @@ class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Da
             contextlib.closing(self._open(database)) as session,
             session.transaction(),
         ):
+            # The settings of a role may make its sessions act as another one, which may not end the role's transactions.
+            session.execute("SET LOCAL ROLE NONE", doing="ending a lost transaction")
             session.execute(_END, lost.process, lost.started, doing="ending a lost transaction")
 
     def check(self, database: str) -> None:

@@ -14,7 +14,7 @@ from typing import NoReturn, TypeVar
 import pyarrow as pa
 from adbc_driver_postgresql import dbapi
 
-from pg_exports.errors import PassingError
+from pg_exports.errors import DestinationError, PassingError
 from pg_exports.postgres import errors
 from pg_exports.postgres.watchdog import Watchdog
 
@@ -27,14 +27,23 @@ IDLE_TIMEOUT = 900
 MERGE_TIMEOUT = 3600
 """Seconds that the one statement of a merge may take, or of reading a table back."""
 
-# A server notices a client that has gone: by TCP's own means while it waits for a statement, by looking every ten seconds
-# while it works on one (PostgreSQL 14 and later). Locks are free again then.
-_WAITS = """
+# For this transaction alone, as a pooler gives the connection to others after it. A statement is bounded by the watchdog and
+# by its locks, not by a statement_timeout or transaction_timeout (PostgreSQL 17 and later) of the role, the database or the
+# server: a COPY or a merge may take longer. A commit that was acknowledged outlives a crash, even if synchronous_commit is
+# off. A server notices a client that has gone: by TCP's own means while it waits for a statement, by looking every ten
+# seconds while it works on one (PostgreSQL 14 and later). Locks are free again then.
+_SETTINGS = """
 SELECT
     pg_backend_pid(),
-    now()::text,
+    (extract(epoch FROM now()) * 1000000)::bigint,
+    current_setting('session_replication_role'),
+    set_config('statement_timeout', '0', true),
+    CASE WHEN current_setting('transaction_timeout', true) IS NOT NULL
+        THEN set_config('transaction_timeout', '0', true)
+    END,
     set_config('lock_timeout', $1, true),
     set_config('idle_in_transaction_session_timeout', $2, true),
+    CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'on', true) END,
     set_config('tcp_keepalives_idle', '60', true),
     set_config('tcp_keepalives_interval', '15', true),
     set_config('tcp_keepalives_count', '8', true),
@@ -43,16 +52,25 @@ SELECT
     END
 """
 
+# In the session, which may wait long between two transactions, and only if the setting is there: a pooler keeps it.
+_NO_IDLE_TIMEOUT = """
+SELECT set_config('idle_session_timeout', '0', false) WHERE current_setting('idle_session_timeout', true) <> '0'
+"""
+
+_REPLICA = (
+    "session_replication_role is `replica` for this role or database: triggers and foreign keys of the table would not see "
+    "the rows. Run as a superuser: ALTER ROLE ... RESET session_replication_role; or ALTER DATABASE ... RESET it."
+)
 
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class ServerTransaction:
-    """A transaction as the server knows it: its process, and when it began."""
+    """A transaction as the server knows it: its process, and when it began, in microseconds since 1970."""
 
     process: int
-    started: str
+    started: int
 
 
 class Session:
@@ -133,10 +151,12 @@ class Session:
         self._begin()
         self._is_in_transaction = True
         try:
-            [(process, started, *_)] = self.rows(
-                _WAITS, f"{LOCK_TIMEOUT}s", f"{IDLE_TIMEOUT}s", doing="setting timeouts"
+            [(process, started, replication_role, *_)] = self.rows(
+                _SETTINGS, f"{LOCK_TIMEOUT}s", f"{IDLE_TIMEOUT}s", doing="setting timeouts"
             )
-            self._transaction = ServerTransaction(int(str(process)), str(started))
+            self._transaction = ServerTransaction(int(str(process)), int(str(started)))
+            if replication_role == "replica":
+                raise DestinationError(_REPLICA)
             yield
             self.execute("COMMIT", doing="committing")
         except BaseException:
@@ -182,16 +202,26 @@ class Session:
         self._watchdog.close()
         self._driver.shutdown()
 
+    def disable_idle_timeout(self) -> None:
+        """Have the server keep the connection, however long it waits between transactions. Raises as `rows`."""
+        self._send(_NO_IDLE_TIMEOUT, doing="setting timeouts")
+
     def _begin(self) -> None:
-        # In one message: `execute` sends several, which a pooler may give to different servers outside a transaction.
-        def begin() -> None:
+        self._send("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE", doing="beginning a transaction")
+
+    def _send(self, sql: str, doing: str) -> None:
+        """Run a statement in one message: `rows` sends several, which a pooler may give to different servers outside a
+        transaction.
+        """
+
+        def send() -> None:
             with self._connection.cursor() as cursor:
-                cursor.executescript("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE")
+                cursor.executescript(sql)
 
         try:
-            self._bounded(begin)
+            self._bounded(send)
         except dbapi.Error as error:
-            self.explain(error, "beginning a transaction")
+            self.explain(error, doing)
 
     def _bounded(self, call: Callable[[], Answer], patience: float = 0) -> Answer:
         """What a driver's call gives, within the time it may take.

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pg_exports.sandbox import Sandbox
@@ -22,13 +23,26 @@ START_TIMEOUT = 10.0
 """Seconds for it to listen."""
 
 
+@dataclass(frozen=True)
+class PgBouncer:
+    """A running one: where clients connect, its process, and the log of what it refused."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
 @contextlib.contextmanager
-def pgbouncer(sandbox: Sandbox, *, pool_size: int) -> Iterator[int]:
-    """A PgBouncer for as long as the block lasts; gives its port.
+def pgbouncer(
+    sandbox: Sandbox, *, pool_size: int, settings: Mapping[str, object] | None = None, port: int | None = None
+) -> Iterator[PgBouncer]:
+    """A PgBouncer for as long as the block lasts.
 
     Args:
         sandbox: whose Postgres, role and certificates it uses. Clients must connect over TLS.
         pool_size: how many connections it makes to the server for the role in one database.
+        settings: further lines of its configuration.
+        port: where it listens; a free port if it is not given.
 
     Raises:
         RuntimeError: it is not installed, or does not start; with its log.
@@ -42,8 +56,8 @@ def pgbouncer(sandbox: Sandbox, *, pool_size: int) -> Iterator[int]:
     owner = pwd.getpwnam("postgres") if os.geteuid() == 0 else None
     # A TMPDIR of root's own may be closed to another user.
     with tempfile.TemporaryDirectory(prefix="pg_exports_pgbouncer_", dir="/tmp" if owner else None) as name:
-        folder, port = Path(name), _free_port()
-        _configure(folder, sandbox, port, pool_size)
+        folder, port = Path(name), port or _free_port()
+        _configure(folder, sandbox, port, pool_size, settings or {})
         if owner:
             for path in (folder, *folder.iterdir()):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
@@ -59,19 +73,19 @@ def pgbouncer(sandbox: Sandbox, *, pool_size: int) -> Iterator[int]:
         )
         try:
             _wait_until_it_listens(process, port, folder / "log")
-            yield port
+            yield PgBouncer(port, process, folder / "log")
         finally:
             process.kill()
             process.wait()
 
 
-def _configure(folder: Path, sandbox: Sandbox, port: int, pool_size: int) -> None:
+def _configure(folder: Path, sandbox: Sandbox, port: int, pool_size: int, changes: Mapping[str, object]) -> None:
     certificates = sandbox.certificates
     for source in (certificates.authority, certificates.certificate, certificates.key):
         shutil.copy(source, folder / source.name)
     (folder / "users").write_text(f'"{ROLE}" "{sandbox.password}"\n')
     (folder / "users").chmod(0o600)
-    settings = {
+    settings: dict[str, object] = {
         "listen_addr": "127.0.0.1",
         "listen_port": port,
         "unix_socket_dir": "",
@@ -86,7 +100,7 @@ def _configure(folder: Path, sandbox: Sandbox, port: int, pool_size: int) -> Non
         "server_tls_sslmode": "verify-ca",
         "server_tls_ca_file": folder / certificates.authority.name,
     }
-    lines = [f"{name} = {value}\n" for name, value in settings.items()]
+    lines = [f"{name} = {value}\n" for name, value in (settings | dict(changes)).items()]
     upstream = f"* = host={HOST} port={sandbox.postgres.port}\n"
     (folder / "pgbouncer.ini").write_text("".join(["[databases]\n", upstream, "[pgbouncer]\n", *lines]))
 

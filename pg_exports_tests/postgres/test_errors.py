@@ -1,7 +1,6 @@
 """Which refusals pass by themselves, and that each says in Postgres's words what it was."""
 
 import threading
-import time
 
 import pytest
 
@@ -64,27 +63,6 @@ def test_a_statement_that_the_server_ends_is_tried_again(target: Target) -> None
         with pytest.raises(PassingError, match="terminating connection"):
             session.rows("SELECT pg_sleep(10)", doing="sleeping")
         ending.join()
-
-
-@pytest.mark.parametrize(("idle", "statement"), [(0, "SELECT pg_sleep(10)"), (0.6, "SELECT 1")])
-def test_a_transaction_that_the_server_ends_because_it_took_too_long_says_so(
-    idle: float, statement: str, target: Target
-) -> None:
-    [(version,)] = target.rows("SELECT current_setting('server_version_num')::int")
-    if version < 170000:
-        pytest.skip("PostgreSQL has transaction_timeout from 17 on")
-
-    def take_too_long() -> None:
-        with target.resource().session() as session, session.transaction():
-            time.sleep(idle)
-            session.execute(statement, doing="asking")
-
-    target.sandbox.postgres.execute(f"ALTER ROLE {ROLE} SET transaction_timeout = '300ms'")
-    try:
-        with pytest.raises((DestinationError, PassingError), match="terminating connection due to transaction timeout"):
-            take_too_long()
-    finally:
-        target.sandbox.postgres.execute(f"ALTER ROLE {ROLE} RESET ALL")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,9 @@
-"""Exports through PgBouncer in transaction mode, where each transaction may come to another of the server's processes."""
+"""Exports through PgBouncer in transaction mode, where each transaction may come to another of the server's processes; and
+what it refuses, which passes.
+"""
 
+import contextlib
+import dataclasses
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,11 +12,14 @@ from datetime import datetime, timedelta
 import pytest
 
 from pg_exports import PostgresResource
+from pg_exports.errors import DestinationError, PassingError
+from pg_exports.postgres import io_manager
 from pg_exports.sandbox import Sandbox
+from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
-from pg_exports_tests.faults import EACH_ROW_ONCE, MIDDLE, ROWS, fill, landed
+from pg_exports_tests.faults import EACH_ROW_ONCE, MIDDLE, ROWS, eventually, fill, landed
 from pg_exports_tests.postgres.pgbouncer import pgbouncer
-from pg_exports_tests.postgres.tcp_proxy import tcp_proxy
+from pg_exports_tests.postgres.tcp_proxy import TcpProxy, tcp_proxy
 from pg_exports_tests.postgres.test_io_manager import row_count
 from pg_exports_tests.source_rows import event, export_of, mapping, person
 
@@ -23,7 +30,7 @@ HOUR = timedelta(hours=1)
 def port(sandbox: Sandbox) -> Iterator[int]:
     """Of a PgBouncer that has two connections to the server."""
     with pgbouncer(sandbox, pool_size=2) as running:
-        yield running
+        yield running.port
 
 
 @pytest.fixture
@@ -93,3 +100,100 @@ def test_a_connection_that_freezes_in_mid_copy_is_made_again_and_each_row_lands_
         assert is_frozen.is_set()
     assert (done.error, done.counts) == (None, (ROWS, 0, 0))
     assert landed(target) == EACH_ROW_ONCE
+
+
+# What it refuses
+
+REFUSALS = {
+    "its clients": ({"max_client_conn": 1}, "no more connections allowed (max_client_conn)"),
+    "its pool": ({"default_pool_size": 1, "query_wait_timeout": 1}, "query_wait_timeout"),
+    "the role": ({"server_login_retry": 1}, "too many connections for role"),
+    "the server": ({"server_login_retry": 1, "query_wait_timeout": 1}, "server_login_retry"),
+}
+"""What has no room, by PgBouncer's settings and its words."""
+
+
+@contextlib.contextmanager
+def no_room(refusal: str, target: Target, resource: PostgresResource, server: TcpProxy) -> Iterator[None]:
+    """Have PgBouncer refuse, for as long as the block lasts."""
+    if refusal == "the role":
+        target.sandbox.postgres.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT 0")
+        try:
+            yield
+        finally:
+            target.sandbox.postgres.execute(f"ALTER ROLE {ROLE} CONNECTION LIMIT -1")
+    elif refusal == "the server":
+        with resource.session():
+            server.refuse()
+            server.cut()
+        yield
+        server.accept()
+    else:
+        with resource.session() as session, session.transaction():
+            yield
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_run_that_pgbouncer_refuses_is_tried_again_and_completes_when_there_is_room(
+    source: Source, target: Target, run: RunExport, hour: datetime, refusal: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Longer than `server_login_retry`, as ever.
+    monkeypatch.setattr(io_manager, "RETRIES", io_manager.RETRIES._replace(delay=0.5))
+    source.insert("events", event(hour), event(hour))
+    settings, words = REFUSALS[refusal]
+    with tcp_proxy(target.sandbox.postgres.port) as server, ThreadPoolExecutor() as threads:
+        behind = dataclasses.replace(
+            target.sandbox, postgres=dataclasses.replace(target.sandbox.postgres, port=server.port)
+        )
+        with pgbouncer(behind, pool_size=2, settings=settings) as pooler:
+            resource = target.resource(port=pooler.port)
+            with no_room(refusal, target, resource, server):
+                future = threads.submit(run, export_of("events", target, hour), partition_key(hour), postgres=resource)
+                eventually(lambda: words in pooler.log.read_text())
+            done = future.result()
+    assert (done.error, done.counts) == (None, (2, 0, 0))
+    assert done.tries > 1
+    assert words in " ".join(done.log) + " ".join(str(one.event_specific_data) for one in done.events)
+
+
+def test_a_run_whose_pgbouncer_ends_in_mid_copy_completes_through_the_next_one(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    fill(source, hour)
+    with contextlib.ExitStack() as opened, ThreadPoolExecutor() as threads:
+        pooler = opened.enter_context(pgbouncer(target.sandbox, pool_size=2))
+        proxy = opened.enter_context(tcp_proxy(pooler.port))
+
+        def end() -> None:
+            pooler.process.terminate()
+            pooler.process.wait()
+
+        is_ended = proxy.after(MIDDLE, end)
+        resource = target.resource(port=proxy.port)
+        future = threads.submit(run, export_of("events", target, hour), partition_key(hour), postgres=resource)
+        assert is_ended.wait(30)
+        opened.enter_context(pgbouncer(target.sandbox, pool_size=2, port=pooler.port))
+        done = future.result()
+    assert (done.error, done.counts) == (None, (ROWS, 0, 0))
+    assert done.tries > 1
+    assert landed(target) == EACH_ROW_ONCE
+
+
+def test_a_statement_that_pgbouncer_ends_names_its_timeout(target: Target) -> None:
+    def take_too_long(resource: PostgresResource) -> None:
+        with resource.session() as session, session.transaction():
+            session.rows("SELECT pg_sleep(10)", doing="sleeping")
+
+    with (
+        pgbouncer(target.sandbox, pool_size=1, settings={"query_timeout": 1}) as pooler,
+        pytest.raises(PassingError, match="raise PgBouncer's query timeout"),
+    ):
+        take_too_long(target.resource(port=pooler.port))
+
+
+@pytest.mark.parametrize("changes", [{"password": "wrong"}, {"user": "nobody"}, {"database": "missing"}], ids=str)
+def test_a_login_that_pgbouncer_refuses_for_good_is_not_tried_again(
+    target: Target, port: int, changes: dict[str, str]
+) -> None:
+    with pytest.raises(DestinationError, match="POSTGRES_USER"), target.resource(port=port, **changes).session():
+        pass
