@@ -338,7 +338,7 @@ def test_a_version_that_is_no_number_is_as_low_as_none(target: Target) -> None:
     columns = (ID, Column("version", Kind.FLOAT, "DOUBLE PRECISION"))
     model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query)
     assert load(target, model, {"id": 1, "version": float("nan")}) == Merged(1, 0)
-    assert load(target, model, {"id": 1, "version": None}, {"id": 2, "version": 1.0}) == Merged(1, 0)
+    assert load(target, model, {"id": 1, "version": None}, {"id": 2, "version": 1.0}) == Merged(1, 1)
     assert load(target, model, {"id": 1, "version": -1.0}, {"id": 2, "version": float("nan")}) == Merged(0, 1)
 
 
