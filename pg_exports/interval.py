@@ -90,6 +90,11 @@ class Seconds:
 class Source(Protocol):
     """Where an export's rows come from. All intervals that are asked for together follow each other."""
 
+    @property
+    def model(self) -> Model:
+        """The export's model, without the columns that the source cannot fill as it is now."""
+        ...
+
     def read(
         self, intervals: Sequence[Interval], columns: Collection[str], part: Part = WHOLE
     ) -> AbstractContextManager[Iterator[pl.DataFrame]]:
@@ -100,7 +105,7 @@ class Source(Protocol):
         ...
 
     def fingerprints(self, intervals: Sequence[Interval]) -> list[Fingerprint]:
-        """What each interval is at the source now; of models with fingerprints."""
+        """What each interval is at the source now."""
         ...
 
     def count(self, intervals: Sequence[Interval]) -> int:

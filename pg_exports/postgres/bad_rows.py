@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from pg_exports.interval import OnBadRows
-from pg_exports.models import AS_READ, IDENTITY, INTERVAL, Column, Kind, Model, as_read
+from pg_exports.models import AS_READ, IDENTITY, INTERVAL, STATE, Column, Kind, Model, as_read
 from pg_exports.postgres import types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import DestinationTable
@@ -155,7 +155,7 @@ def bad_rows(frame: pl.DataFrame, reasons: Mapping[int, tuple[str | None, str]],
     rows = frame[found]
     originals = as_read.originals(rows)
     bad = []
-    for n, values in enumerate(rows.drop(IDENTITY, AS_READ, strict=False).iter_rows(named=True)):
+    for n, values in enumerate(rows.drop(IDENTITY, STATE, AS_READ, strict=False).iter_rows(named=True)):
         interval = values.pop(INTERVAL, None)
         row = values | originals.get(n, {})
         key = {name: row[name] for name in model.key}

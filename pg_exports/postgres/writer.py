@@ -77,7 +77,7 @@ def write(
     with session.transaction():
         free = locks.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
         tables.lock(session, destination)
-        table = tables.inspect(session, destination, export.model)
+        table = tables.inspect(session, destination, export.source.model)
         known = ledger.past(session, table, free, export=export.export, team_id=export.team_id, run_id=run_id)
         pasts = dict(zip(free, known, strict=True))
         way = _way(export, table, known[0])
@@ -124,7 +124,7 @@ def _way(export: IntervalFrames, table: DestinationTable, past: Past) -> _Way:
         return _Way.WRITTEN
     if export.model.merge:
         return _Way.MERGED
-    if past.fingerprints and export.model.fingerprints and not export.replay:
+    if past.fingerprints and not export.replay:
         return _Way.RECORDED
     return _Way.LACKING if past.has_interval or not may_go_straight_in(export, table, past) else _Way.STRAIGHT
 

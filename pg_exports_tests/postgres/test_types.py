@@ -69,6 +69,7 @@ def test_what_goes_in_comes_out_for_every_pair_of_kind_and_type(target: Target) 
         ("id",),
         None,
         EVENTS.query,
+        EVENTS.fingerprints,
     )
     create(target, "things", "id bigint", *(f"{quoted(name)} {type_}" for name, (_, type_, _) in columns.items()))
     longest = max(len(values) for *_, values in columns.values())
@@ -128,7 +129,9 @@ def shortest(value: float) -> str:
 def test_a_column_of_n_characters_holds_n_whatever_their_bytes(target: Target) -> None:
     """Domains, and domains on domains, count as what they stand on."""
     target.execute("CREATE DOMAIN short AS varchar(9)", "CREATE DOMAIN shorter AS short CHECK (value <> '')")
-    model = Model("things", "", (ID, Column("value", Kind.TEXT, "TEXT")), ("id",), None, EVENTS.query)
+    model = Model(
+        "things", "", (ID, Column("value", Kind.TEXT, "TEXT")), ("id",), None, EVENTS.query, EVENTS.fingerprints
+    )
     declarations = ["varchar(9)", "char(9)", "short", "shorter"]
     made = [creation(f"t{n}", "id bigint", f"value {declared}") for n, declared in enumerate(declarations)]
     target.execute(*itertools.chain.from_iterable(made))
@@ -226,7 +229,9 @@ def test_json_that_has_no_equality_is_compared_all_the_same(target: Target) -> N
         Column("version", Kind.INTEGER, "BIGINT"),
         Column("value", Kind.JSON, "JSONB"),
     )
-    model = Model("things", "", columns, ("id",), Merge(("version",), or_changed=True), EVENTS.query)
+    model = Model(
+        "things", "", columns, ("id",), Merge(("version",), or_changed=True), EVENTS.query, EVENTS.fingerprints
+    )
     create(target, "things", "id bigint PRIMARY KEY", "version bigint", "value json")
     row = {"id": 1, "version": 1, "value": "{}"}
     assert load(target, model, row) == Merged(1, 0)
