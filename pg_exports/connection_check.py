@@ -194,13 +194,11 @@ class _Source:
         model, hour = self._setup.model, timedelta(hours=1)
         end = datetime.now(UTC).replace(minute=0, second=0, microsecond=0)
         selection = replace(self._setup.selection, start=end - hour, end=end, starts=(end - hour,))
-        query, needed, without = model.query, model.dictionary, model.query_without_dictionary
+        needed, without = model.dictionary, model.without_dictionary
         is_lacking = bool(needed and without) and not self._clickhouse.has_dictionary(
             needed or "", log_comment=self._comment
         )
-        if is_lacking and without:
-            query = without
-        asked = query(selection)
+        asked = (without if is_lacking and without else model).query(selection)
         nothing = Query(_NOTHING.format(asked.sql.strip()), asked.parameters)
         self._clickhouse.rows(nothing, log_comment=self._comment, settings=_READ_NOTHING)
         yield "passed", f"Everything that {model.name} is read from is there, and this user may read it."
@@ -208,7 +206,7 @@ class _Source:
             yield (
                 "note",
                 f"The dictionary {needed} is not in the database {self._clickhouse.database}, or not to be seen by this user: "
-                "the columns that need it will be NULL. If it is there: "
+                "the columns that need it stay as they are, and are NULL in new rows. If it is there: "
                 f"GRANT SHOW DICTIONARIES, dictGet ON {self._clickhouse.database}.* TO {self._clickhouse.user}",
             )
 

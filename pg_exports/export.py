@@ -351,7 +351,7 @@ class PostgresExport(SettingsComponent):
             raise SettingsError(f"Export {self.key}: {error}") from None
         job = dg.define_asset_job(f"{self.key}_job", selection=[asset], description=f"Exports {self.key}.")
         when = schedule(self.key, job, self._grid(), partitions, self.start, paused=self.paused)
-        sensors = [self._late_events_sensor(partitions, job)] if self.model_with_columns.fingerprints else []
+        sensors = [self._late_events_sensor(partitions, job)] if not self.model_with_columns.merge else []
         return dg.Definitions(assets=[asset], jobs=[job, check], schedules=[when], sensors=sensors)
 
     def _asset(self, partitions: dg.TimeWindowPartitionsDefinition) -> dg.AssetsDefinition:

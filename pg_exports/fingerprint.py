@@ -8,13 +8,14 @@ import polars as pl
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """The number of rows, and the XOR and the sum (modulo 2^64) of the hashes that identify them.
+    """The number of rows, and the XOR and the sum (modulo 2^64) of the hashes of their states.
 
     Equal for the same rows in whatever order, and it can be taken of parts and added.
 
     Attributes:
         rows, xor, sum: of the rows.
-        scheme: what the hashes are made of, where that may change: `Model.identity_scheme`.
+        scheme: what the hashes are made of: `Model.fingerprint_scheme`, which has a colon in it. Versions before it was
+            kept nothing, or its first half alone.
     """
 
     rows: int = 0
@@ -23,12 +24,12 @@ class Fingerprint:
     scheme: str = ""
 
     @classmethod
-    def of(cls, identities: pl.Series) -> "Fingerprint":
-        """The fingerprint of rows by their identities (UInt64, each once)."""
-        if identities.is_empty():
+    def of(cls, states: pl.Series) -> "Fingerprint":
+        """The fingerprint of rows by the hashes of their states (UInt64)."""
+        if states.is_empty():
             return cls()
-        xor, total = identities.bitwise_xor(), identities.sum()
-        return cls(len(identities), cast("int", xor), cast("int", total))
+        xor, total = states.bitwise_xor(), states.sum()
+        return cls(len(states), cast("int", xor), cast("int", total))
 
     def __add__(self, other: "Fingerprint") -> "Fingerprint":
         total = (self.sum + other.sum) % 2**64
@@ -36,7 +37,7 @@ class Fingerprint:
 
     def may_be(self, kept: str) -> bool:
         """Whether one that the ledger keeps may be of the same rows. One of another scheme tells their number alone."""
-        rows, _, _, scheme = (*kept.split(":"), "")[:4]
+        rows, _, _, scheme = (*kept.split(":", 3), "")[:4]
         return kept == str(self) or (scheme != self.scheme and int(rows) == self.rows)
 
     def __str__(self) -> str:

@@ -90,6 +90,11 @@ class Seconds:
 class Source(Protocol):
     """Where an export's rows come from. All intervals that are asked for together follow each other."""
 
+    @property
+    def model(self) -> Model:
+        """The export's model, without the columns that the source cannot fill as it is now."""
+        ...
+
     def settle(self, last: Interval) -> None:
         """Wait until the interval has been over for a minute by the source's own clock.
 
@@ -108,7 +113,7 @@ class Source(Protocol):
         ...
 
     def fingerprints(self, intervals: Sequence[Interval]) -> list[Fingerprint]:
-        """What each interval is at the source now; of models with fingerprints."""
+        """What each interval is at the source now."""
         ...
 
     def count(self, intervals: Sequence[Interval]) -> int:

@@ -4,6 +4,7 @@ Dagster accepts a start inside a period and a key off the grid, and silently mea
 """
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from typing import Literal
@@ -18,6 +19,15 @@ IntervalLength = Literal["hour", "day", "week", "every 5 minutes", "every 15 min
 
 _MINUTES = {"hour": "0", "every 5 minutes": "*/5", "every 15 minutes": "*/15"}
 _MINUTES_AFTER = {"hour": "1", "every 5 minutes": "1-59/5", "every 15 minutes": "1-59/15"}
+
+_LENGTHS = {
+    "hour": timedelta(hours=1),
+    "every 5 minutes": timedelta(minutes=5),
+    "every 15 minutes": timedelta(minutes=15),
+}
+
+_YEARS_TO_COME = timedelta(days=2 * 366)
+"""For which changes of clocks are looked at: what a time zone does in one year it does in the next, until its law changes."""
 
 SETTLING = timedelta(minutes=1)
 """How long after its end an interval is left alone, for rows on their way into ClickHouse. Schedules keep to it by firing a
@@ -61,9 +71,11 @@ class Grid:
         """The partitions from `start` on. Keys are like 2026-11-20-13:00, or 2026-11-20 for days and weeks.
 
         Raises:
-            SettingsError: `start` or `timezone` cannot be read, or `start` is no boundary; with the two around it.
+            SettingsError: `start` or `timezone` cannot be read, or `start` is no boundary; with the two around it. Or a
+                change of clocks since `start`, or in the years to come, leaves Dagster no periods that follow each other.
         """
         first = self._moment(start)
+        self._check_changes_of_clocks(first)
         earlier = self._from(first - timedelta(days=15))
         before = earlier.get_prev_partition_window(first, respect_bounds=False)
         after = earlier.get_next_partition_window(first, respect_bounds=False)
@@ -75,6 +87,35 @@ class Grid:
                 f"(`timezone` {self.timezone}, `offset_hour` {self.offset_hour}, `offset_day` {self.offset_day})."
             )
         return self._from(first)
+
+    def _check_changes_of_clocks(self, first: datetime) -> None:
+        until = max(first.astimezone(UTC), datetime.now(UTC)) + _YEARS_TO_COME
+        for change in _changes_of_clocks(self._zone(), first.astimezone(UTC).date(), until.date()):
+            if reason := self._off_the_grid(change):
+                raise SettingsError(
+                    f"`interval: {self.interval}` is not possible with `timezone: {self.timezone}`"
+                    f"{f' and `offset_hour: {self.offset_hour}`' if self.offset_hour else ''}: {reason} Give the export "
+                    f"`timezone: UTC`{'' if self.interval in _MINUTES else ', or another `offset_hour`'}."
+                )
+
+    def _off_the_grid(self, change: "_ChangeOfClocks") -> str | None:
+        """Why Dagster's periods around a change of clocks would overlap, or leave a time out; None where they do not."""
+        moment = f"on {change.moment:%Y-%m-%d} at {change.moment:%H:%M} UTC clocks"
+        if self.interval in _LENGTHS:
+            if change.shift % _LENGTHS[self.interval]:
+                return f"{moment} change by {abs(change.shift) // timedelta(minutes=1)} minutes, no whole number of intervals."
+            return None
+        # Dagster takes a boundary that clocks skip to be an hour later on the same day.
+        for day in (change.skipped_from.date(), change.skipped_until.date()):
+            boundary = datetime.combine(day, time(self.offset_hour))
+            is_skipped = change.skipped_from <= boundary < change.skipped_until
+            is_later = boundary + timedelta(hours=1) < change.skipped_until
+            is_next_day = self.interval == "day" and boundary.date() < change.skipped_until.date()
+            is_boundary = self.interval == "day" or boundary.isoweekday() % 7 == self.offset_day
+            if is_boundary and is_skipped and (is_later or is_next_day):
+                skipped = f"from {change.skipped_from:%H:%M} to {change.skipped_until:%H:%M}"
+                return f"{moment} skip {skipped}, and with that its boundary."
+        return None
 
     def _from(self, first: datetime) -> dg.TimeWindowPartitionsDefinition:
         return dg.TimeWindowPartitionsDefinition(
@@ -103,6 +144,43 @@ class Grid:
             raise SettingsError(
                 f"`timezone` {self.timezone!r} is not known. Give an IANA name such as UTC or Europe/Berlin."
             ) from None
+
+
+@dataclass(frozen=True)
+class _ChangeOfClocks:
+    """When clocks change, and by how much; the local times that they skip (if they go forward)."""
+
+    moment: datetime
+    skipped_from: datetime
+    shift: timedelta
+
+    @property
+    def skipped_until(self) -> datetime:
+        return self.skipped_from + self.shift
+
+
+@functools.cache
+def _changes_of_clocks(zone: ZoneInfo, first: date, last: date) -> tuple[_ChangeOfClocks, ...]:
+    """Every change between two days, to the minute."""
+    changes = []
+    earlier = datetime.combine(first, time(), UTC)
+    while earlier.date() <= last:
+        later = earlier + timedelta(days=1)
+        before, after = _offset(zone, earlier), _offset(zone, later)
+        if before != after:
+            low, high = 0, 24 * 60
+            while high - low > 1:
+                middle = (low + high) // 2
+                is_before = _offset(zone, earlier + timedelta(minutes=middle)) == before
+                low, high = (middle, high) if is_before else (low, middle)
+            moment = earlier + timedelta(minutes=high)
+            changes.append(_ChangeOfClocks(moment, (moment + before).replace(tzinfo=None), after - before))
+        earlier = later
+    return tuple(changes)
+
+
+def _offset(zone: ZoneInfo, moment: datetime) -> timedelta:
+    return moment.astimezone(zone).utcoffset() or timedelta()
 
 
 def intervals(

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 
@@ -33,14 +33,14 @@ class Reader:
 
     Attributes:
         clickhouse: the connection.
-        model: what is read.
+        export_model: what is asked for.
         selection: which rows, of whatever interval.
         about: what ClickHouse's query log keeps beside each query: the run or the sensor, and the export.
         log: where to say that a dictionary is not there.
     """
 
     clickhouse: ClickHouseResource
-    model: Model
+    export_model: Model
     selection: Selection
     about: dict[str, str]
     log: logging.Logger
@@ -77,7 +77,7 @@ class Reader:
             answer.close()
             return answer.enter_context(
                 self.clickhouse.frames(
-                    self._query(replace(self._selected(some), part=part)),
+                    self.model.query(replace(self._selected(some), part=part)),
                     self.model,
                     columns=columns,
                     log_comment=self._comment(some),
@@ -101,28 +101,30 @@ class Reader:
 
     def fingerprints(self, intervals: Sequence[Interval]) -> list[Fingerprint]:
         """See `Source`."""
-        assert self.model.fingerprints
         found: dict[datetime, Fingerprint] = {}
-        scheme = self.model.identity_scheme
+        model = self.export_model
         for some in self._questions(intervals):
             rows = self.clickhouse.rows(
-                self.model.fingerprints(self._selected(some)),
+                model.fingerprints(self._selected(some)),
                 log_comment=self._comment(some),
                 query_id=self._new(some),
             )
-            found |= {moment(start): Fingerprint(rows, xor, total, scheme) for start, rows, xor, total in rows}
-        return [found.get(interval.start, Fingerprint(scheme=scheme)) for interval in intervals]
+            found |= {
+                moment(start): Fingerprint(count, xor, total, model.fingerprint_scheme)
+                for start, count, xor, total in rows
+            }
+        return [found.get(interval.start, Fingerprint(scheme=model.fingerprint_scheme)) for interval in intervals]
 
     def count(self, intervals: Sequence[Interval]) -> int:
         """See `Source`."""
         return sum(
-            self.clickhouse.count(self._query(self._selected(some)), log_comment=self._comment(some))
+            self.clickhouse.count(self.model.query(self._selected(some)), log_comment=self._comment(some))
             for some in self._questions(intervals)
         )
 
     def sql(self, interval: Interval) -> str:
         """See `Source`."""
-        return self._query(self._selected([interval])).for_console()
+        return self.model.query(self._selected([interval])).for_console()
 
     def query_ids(self, interval: Interval) -> list[str]:
         """See `Source`."""
@@ -130,7 +132,7 @@ class Reader:
 
     def _questions(self, intervals: Sequence[Interval]) -> Iterator[Sequence[Interval]]:
         """The intervals that one query answers."""
-        if self.model.one_interval_a_query:
+        if self.export_model.one_interval_a_query:
             yield from ([interval] for interval in intervals)
         else:
             yield intervals
@@ -141,13 +143,15 @@ class Reader:
 
     # Asked for when the first interval is read: a failure is the IO manager's then, who knows what is written already.
     @functools.cached_property
-    def _query(self) -> Callable[[Selection], Query]:
-        needed, without = self.model.dictionary, self.model.query_without_dictionary
+    def model(self) -> Model:
+        """See `Source`."""
+        needed, without = self.export_model.dictionary, self.export_model.without_dictionary
         if not (needed and without) or self.clickhouse.has_dictionary(needed, log_comment=json.dumps(self.about)):
-            return self.model.query
+            return self.export_model
+        left_out = ", ".join(column.name for column in self.export_model.columns if column not in without.columns)
         self.log.warning(
             f"The dictionary {needed} is not in ClickHouse's database {self.clickhouse.database}, or not to be seen by this "
-            "user: the columns that need it are NULL."
+            f"user. {left_out or 'What needs it'} stays as it is in Postgres, and is NULL in new rows."
         )
         return without
 

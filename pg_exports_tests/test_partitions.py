@@ -1,6 +1,8 @@
 """When intervals begin and end: every length, across changes of clocks; what is no boundary is refused by name."""
 
+import contextlib
 import itertools
+import zoneinfo
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta, timezone
@@ -106,7 +108,6 @@ GRIDS = [
     Grid("hour", "Europe/Berlin"),
     Grid("every 15 minutes", "Europe/Berlin"),
     Grid("every 5 minutes", "America/New_York"),
-    Grid("hour", "Australia/Lord_Howe"),
     Grid("every 15 minutes", "Australia/Lord_Howe"),
     Grid("day", "Europe/Berlin", offset_hour=2),
     Grid("day", "America/Santiago"),
@@ -129,6 +130,130 @@ def test_the_intervals_of_a_range_follow_each_other_without_gap_or_overlap(grid:
     assert [interval.partition_key for interval in found] == names
     assert all(interval.start < interval.end for interval in found)
     assert all(before.end == after.start for before, after in itertools.pairwise(found))
+
+
+CHANGED_LATELY = datetime(2026, 1, 1, tzinfo=UTC)
+IN_A_YEAR = CHANGED_LATELY + timedelta(days=365)
+
+
+def zones_by_changes() -> dict[tuple[tuple[datetime, timedelta], ...], str]:
+    """One time zone for each way in which clocks change in a year, by the hours at which they do and the offsets."""
+    zones: dict[tuple[tuple[datetime, timedelta], ...], str] = {}
+    hours = [CHANGED_LATELY + n * HOUR for n in range((IN_A_YEAR - CHANGED_LATELY) // HOUR)]
+    days = hours[::24]
+    for name in sorted(zoneinfo.available_timezones()):
+        zone = zoneinfo.ZoneInfo(name)
+        offsets = [day.astimezone(zone).utcoffset() or timedelta() for day in days]
+        changed = [n for n in range(1, len(days)) if offsets[n] != offsets[n - 1]]
+        changes = []
+        for n in changed:
+            within = (moment for moment in hours[24 * (n - 1) : 24 * n + 1])
+            moment = next(moment for moment in within if moment.astimezone(zone).utcoffset() == offsets[n])
+            changes.append((moment, offsets[n]))
+        if changes:
+            zones.setdefault(tuple(changes), name)
+    return zones
+
+
+def grids_around(zone: str, change: datetime) -> Iterator[Grid]:
+    """Every grid that has a boundary near a change of clocks."""
+    lengths: tuple[IntervalLength, ...] = ("hour", "every 15 minutes", "every 5 minutes")
+    yield from (Grid(length, zone) for length in lengths)
+    yield from (Grid("day", zone, hour) for hour in range(24))
+    local = change.astimezone(zoneinfo.ZoneInfo(zone))
+    days = {(local + n * HOUR).isoweekday() % 7 for n in (-3, 0)}
+    hours = {(local + n * HOUR).hour for n in range(-3, 2)}
+    yield from (Grid("week", zone, hour, day) for hour in hours for day in days)
+
+
+def are_right(grid: Grid, change: datetime) -> bool:
+    """Whether the intervals around a change of clocks follow each other, and are the same ones wherever a range begins."""
+    around = {"day": 50 * HOUR, "week": 15 * 24 * HOUR}.get(grid.interval, 3 * HOUR)
+    found, more = (follow_each_other(grid, change, length) for length in (around, around + HOUR / 2))
+    return found is not None and more is not None and set(found) <= set(more)
+
+
+def follow_each_other(grid: Grid, change: datetime, around: timedelta) -> tuple[Interval, ...] | None:
+    """The intervals around a change of clocks; None if there is a hole or an overlap between them, if one is another if it is
+    asked for alone, or has no key of its own."""
+    zone = zoneinfo.ZoneInfo(grid.timezone)
+    # Not by `partitions`, which refuses those that do not.
+    partitions = grid._from((change - timedelta(days=30)).astimezone(zone))
+    before = partitions.get_next_partition_window((change - around).astimezone(zone), respect_bounds=False)
+    after = partitions.get_prev_partition_window((change + around).astimezone(zone), respect_bounds=False)
+    assert before
+    assert after
+    first, last = (partitions.get_partition_key_for_timestamp(window.start.timestamp()) for window in (before, after))
+    try:
+        found = intervals(partitions, first, last, LATER)
+        alone = [intervals(partitions, interval.partition_key, interval.partition_key, LATER)[0] for interval in found]
+    except (SettingsError, ValueError):
+        return None
+    named = [partitions.get_partition_key_for_timestamp(interval.start.timestamp()) for interval in found]
+    is_right = (
+        all(one.end == next_.start and one.start < one.end for one, next_ in itertools.pairwise(found))
+        and found[0].start.timestamp() == before.start.timestamp()
+        and found[-1].end.timestamp() == after.end.timestamp()
+        and named == [interval.partition_key for interval in found]
+        and len({*named}) == len(named)
+        and alone == [*found]
+    )
+    return found if is_right else None
+
+
+def is_refused(grid: Grid, start: date) -> bool:
+    with contextlib.suppress(SettingsError):
+        grid.partitions(start)
+        return False
+    return True
+
+
+def test_exactly_the_grids_that_a_change_of_clocks_breaks_are_refused() -> None:
+    """In every time zone, with every length and offset."""
+    zones = zones_by_changes()
+    assert len(zones) > 20
+    refused = set()
+    for changes, zone in zones.items():
+        moments = [moment for moment, _ in changes]
+        for grid in {grid for moment in moments for grid in grids_around(zone, moment)}:
+            is_right = all(are_right(grid, moment) for moment in moments)
+            start = date(2026, 1, 4) + timedelta(days=grid.offset_day)
+            assert is_refused(grid, start) is not is_right, grid
+            if not is_right:
+                refused.add((zone, grid.interval, grid.offset_hour, grid.offset_day))
+    assert refused == {
+        ("America/Godthab", "day", 23, 0),
+        ("Antarctica/Troll", "day", 1, 0),
+        ("Antarctica/Troll", "week", 1, 0),
+        ("Australia/LHI", "hour", 0, 0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        (
+            Grid("hour", "Australia/Lord_Howe"),
+            r"change by 30 minutes, no whole number .* Give the export `timezone: UTC`\.$",
+        ),
+        (
+            Grid("day", "America/Nuuk", 23),
+            r"and `offset_hour: 23`: on 2026-03-29 at 01:00 UTC clocks skip from 23:00 to 00:00, .* or another `offset_hour`",
+        ),
+        (Grid("day", "Antarctica/Troll", 1), r"on 2026-03-29 at 01:00 UTC clocks skip from 01:00 to 03:00"),
+        # Half an hour was skipped once, and a whole day.
+        (Grid("hour", "Asia/Pyongyang"), None),
+        (Grid("day", "Pacific/Apia"), None),
+    ],
+)
+def test_a_grid_that_a_change_of_clocks_breaks_is_refused_with_the_change(grid: Grid, said: str | None) -> None:
+    if said is None:
+        grid.partitions("2026-01-01")
+        with pytest.raises(SettingsError, match=r"UTC clocks (change by 30 minutes|skip from 00:00 to 00:00)"):
+            grid.partitions("2010-01-01")
+        return
+    with pytest.raises(SettingsError, match=said):
+        grid.partitions("2026-01-01")
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
@@ -317,8 +442,7 @@ def test_an_interval_is_among_the_latest_from_its_end_on(interval: IntervalLengt
     assert recent(grid.partitions("2026-11-15"), 24, start - timedelta(days=400)) == ()
 
 
-# Where clocks change by half an hour, Dagster names hours of the other half of the year wrongly.
-@pytest.mark.parametrize("grid", [grid for grid in GRIDS if grid != Grid("hour", "Australia/Lord_Howe")], ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("now", ["2026-03-29T12:00", "2026-10-25T12:00", "2026-11-01T12:00"])
 def test_across_a_change_of_clocks_the_latest_intervals_are_those_of_a_range(grid: Grid, now: str) -> None:
     found = latest(grid, "2026-03-01", now, 100)

@@ -52,7 +52,7 @@ def queries(source: Source, export: str) -> list[tuple[str, str]]:
     """What an export has asked ClickHouse, oldest first: for rows or fingerprints, and of which partitions."""
     source.execute("SYSTEM FLUSH LOGS")
     return source.rows(
-        "SELECT if(query LIKE '%identity_xor%', 'fingerprints', 'rows'), JSONExtractString(log_comment, 'partition')"
+        "SELECT if(query LIKE '%state_xor%', 'fingerprints', 'rows'), JSONExtractString(log_comment, 'partition')"
         " FROM system.query_log WHERE type = 'QueryFinish' AND has(databases, {database:String})"
         " AND JSONExtractString(log_comment, 'export') = {export:String} ORDER BY query_start_time_microseconds",
         {"database": source.database, "export": export},

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from clickhouse_connect.driver.exceptions import Error, ProgrammingError
 
 from pg_exports.errors import PassingError, SourceError
+from pg_exports.models.columns import TOLD_APART
 
 # From ClickHouse's ErrorCodes.cpp: those that a later try may not meet.
 PASSING_CODES = frozenset(
@@ -231,10 +232,17 @@ def _suspects(where: str, settings: Mapping[str, object] | None) -> str | None:
     return f"Settings of {where} that may be the cause: {', '.join(shown[:SETTINGS_SHOWN])}{more}."
 
 
+# The text is a query's own, which makes ClickHouse read it as a number: see `exact_value`.
+_OF_A_KEY = re.compile(
+    rf"Cannot parse string '(Column [^\n]*?, {TOLD_APART},.*?)' as UInt8: .*?(?=\([A-Z_]+\))", re.DOTALL
+)
+
+
 def _own_words(text: str) -> str:
     """ClickHouse's exception without what clickhouse-connect puts around it."""
     found = re.search(r"Code: \d+\. DB::.*", text, re.DOTALL)
     own = re.sub(r"\s*\(for url [^)]*\)\s*\Z", "", found.group() if found else text)
+    own = _OF_A_KEY.sub(r"\1 ", own)
     # The query that it repeats may have two thousand characters.
     return re.sub(r" In scope .*(?=\. \([A-Z_]+\))", "", own, flags=re.DOTALL).strip()
 

@@ -20,7 +20,7 @@ from pg_exports.clickhouse.distributed import SourceTable, read_by
 from pg_exports.clickhouse.http_client import QuietClient
 from pg_exports.clickhouse.settings import ServerSettings
 from pg_exports.errors import PassingError, SettingsError, SourceError
-from pg_exports.models import FRAME_TYPES, IDENTITY, INTERVAL, Column, Model, Query, as_read
+from pg_exports.models import FRAME_TYPES, IDENTITY, INTERVAL, STATE, Column, Model, Query, as_read
 from pg_exports.models.model import PARAMETER_BYTES
 
 CONNECT_TIMEOUT = 15
@@ -77,7 +77,7 @@ class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # 
         query_id: str | None = None,
     ) -> Iterator[Iterator[pl.DataFrame]]:
         """Stream a model's rows: frames with the model's columns, in the types of `FRAME_TYPES`, and those beside them:
-        `INTERVAL`, `IDENTITY` for a model with fingerprints, `AS_READ` where a value is one that a frame cannot hold.
+        `IDENTITY`, `STATE`, `INTERVAL`, and `AS_READ` where a value is one that a frame cannot hold.
 
         Memory is a few blocks of ClickHouse's, whatever the size of the answer.
 
@@ -301,7 +301,7 @@ def _named(query_id: str | None) -> dict[str, str]:
 
 
 def _conformed(frame: pl.DataFrame, model: Model, columns: Sequence[Column]) -> pl.DataFrame:
-    """The columns, each with its own name in its kind's type, `IDENTITY` for a model with fingerprints, `INTERVAL`, and
+    """The columns, each with its own name in its kind's type, `IDENTITY`, `STATE` and `INTERVAL` if the answer has them, and
     `AS_READ` where needed.
 
     A whole number past 64 bits is NULL, with its digits in `AS_READ`.
@@ -312,8 +312,8 @@ def _conformed(frame: pl.DataFrame, model: Model, columns: Sequence[Column]) -> 
     try:
         schema = frame.schema
         values = [_cast(schema.get(column.name_in_answer), column) for column in columns]
-        others = [pl.col(IDENTITY).cast(pl.UInt64)] if model.fingerprints else []
-        others += [pl.col(INTERVAL).cast(pl.Int64)] if INTERVAL in schema else []
+        beside = {IDENTITY: pl.UInt64, STATE: pl.UInt64, INTERVAL: pl.Int64}
+        others = [pl.col(name).cast(dtype) for name, dtype in beside.items() if name in schema]
         originals = _renamed(as_read.originals(frame), columns)
         conformed = frame.select(*values, *others)
         for column in columns:

@@ -84,24 +84,32 @@ def value(kind: Kind, column: str, name: str) -> str:
         case Kind.TEXT:
             return f"toString({column})"
         case Kind.JSON:
-            # Constant for ClickHouse, so that one branch alone is computed.
-            is_text = f"toTypeName({column}) IN ('String', {_TEXT_TYPES})"
-            return f"multiIf({is_text}, {text}, isNull({column}), NULL, toJSONString({column}))"
+            return f"multiIf({_is_text(column)}, {text}, isNull({column}), NULL, toJSONString({column}))"
         case Kind.INTEGER:
             # By its text, as accurateCast cuts a decimal's fraction off.
-            return _checked(f"accurateCastOrNull({text}, 'Int64')", text, name, "no whole number of 64 bits")
+            number = f"accurateCastOrNull({text}, 'Int64')"
+            is_none = f"isNull({number}) AND isNotNull({text})"
+            return _checked(number, "0", is_none, name, "no whole number of 64 bits")
         case Kind.FLOAT:
-            return _checked(f"CAST({column} AS Nullable(Float64))", text, name, "no number")
+            number = f"CAST({column} AS Nullable(Float64))"
+            return _checked(number, "0.", f"isNull({number}) AND isNotNull({text})", name, "no number")
         case Kind.BOOLEAN:
             return f"CAST({text} AS Nullable(Bool))"
         case Kind.DATE:
-            date = _checked(f"CAST({column} AS Nullable(Date32))", text, name, "no date")
+            # A text that is no date would become NULL, or 1900-01-01.
+            date = f"CAST({column} AS Nullable(Date32))"
+            is_none = f"isNotNull({text}) AND toString({date}) IS DISTINCT FROM left({text}, 10)"
+            is_none = f"{_is_text(column)} AND {is_none}"
+            date = _checked(date, "toDate32(0)", is_none, name, "no date like 2026-11-20")
             micros = f"toUnixTimestamp64Micro(toDateTime64({column}, 6, 'UTC'))"
             return _within(date, column, "DateTime64", micros, 10**6, name)
         case Kind.TIMESTAMP:
-            time = f"toDateTime64({column}, 6, 'UTC')"
-            seconds = f"toFloat64({column})"
-            return _within(time, column, "U?Int|Float|Decimal", seconds, 1, name)
+            # What is missing of a text would be taken from the clock: '5' would be a day of this year.
+            time = f"if({_is_text(column)}, toDateTime64({text}, 6, 'UTC'), toDateTime64({column}, 6, 'UTC'))"
+            is_none = f"{_is_text(column)} AND isNotNull({text}) AND NOT match({text}, '[0-9]{{4}}')"
+            no_time = "no time with its year, like 2026-11-20 13:00:00"
+            time = _checked(time, "toDateTime64(0, 6, 'UTC')", is_none, name, no_time)
+            return _within(time, column, "U?Int|Float|Decimal", f"toFloat64({column})", 1, name)
         case Kind.TEXT_LIST:
             return f"CAST({column} AS Array(Nullable(String)))"
 
@@ -125,13 +133,70 @@ def _within(value: str, column: str, types: str, number: str, a_second: int, nam
     return f"{value} + throwIf({outside}, {message})"
 
 
+def exact_value(type_: str, column: str, name: str) -> str:
+    """The same for a column by which rows are told apart: two different values of the source never become one.
+
+    Equal are the values that are one value in every spelling: UUIDs in capitals, one moment in two time zones, 0 and -0.
+
+    Args:
+        type_: the column's Postgres type.
+        column: the column, of any ClickHouse type, as SQL.
+        name: of the column, for the error.
+    """
+    canonical, kind = declared_type(type_)
+    result = value(kind, column, name)
+    text = f"nullIf(toString({column}), '')"
+    back = f"CAST({result}, replaceOne(toTypeName({column}), 'Nothing', 'String'))"
+    # In the hour that a change of clocks repeats, the text of a time with a zone is that of two moments.
+    is_time = f"startsWith({_PLAIN_TYPE.format(column)}, 'DateTime')"
+    time_or_text = f"if({is_time}, toTypeName({column}), 'Nullable(String)')"
+    is_lost = {
+        Kind.TEXT: f"{is_time} AND CAST(toString({column}), {time_or_text}) != CAST({column}, {time_or_text})",
+        Kind.INTEGER: f"toString({result}) != {text}",
+        Kind.FLOAT: f"isNaN({result})"
+        f" OR (NOT startsWith({_PLAIN_TYPE.format(column)}, 'Float') AND toString({result}) != {text})",
+        Kind.BOOLEAN: f"{_is_text(column)} AND {text} NOT IN ('true', 'false')",
+        Kind.DATE: f"if({_is_text(column)}, toString({result}) != {text}, {back} != {column})",
+        # Of a text the digits past microseconds are seen; it cannot be held against the time's own text.
+        Kind.TIMESTAMP: f"if({_is_text(column)}, match({text}, '[.,][0-9]{{6}}[0-9]*[1-9]'), {back} != {column})",
+    }[kind]
+    # '' would be NULL.
+    conditions = [is_lost] if kind is Kind.TEXT else [is_lost, f"toString({column}) = ''"]
+    if canonical.startswith("CHAR"):
+        conditions.append(f"endsWith(toString({column}), ' ')")
+    is_refused = " OR ".join(f"ifNull({condition}, 0)" for condition in conditions)
+    before = f'Column {name}, {TOLD_APART}, holds "'
+    after = (
+        f'", which {canonical} cannot hold as it is: different rows would become one. Give the column another type, or round '
+        "the value in the query."
+    )
+    message = f"concat({quoted(before)}, ifNull(toString({column}), ''), {quoted(after)})"
+    normal = {"UUID": f"lower({result})", "DOUBLE PRECISION": f"{result} + 0"}.get(canonical, result)
+    # An exception has no text but a constant one, unless it is of a text that is no number. NULL, so that nothing is folded.
+    return f"if(CAST(if({is_refused}, {message}, '0') AS UInt8), NULL, {normal})"
+
+
+TOLD_APART = "by which rows are told apart"
+"""Stands in the errors of `exact_value`."""
+
+_PLAIN_TYPE = "replaceRegexpOne(toTypeName({}), '^(LowCardinality\\\\()?(Nullable\\\\()?', '')"
+"""The name of a column's type, but for a bracket at its end. A constant for ClickHouse."""
+
+
+def _is_text(column: str) -> str:
+    """Whether a column is of texts: a constant for ClickHouse, so that one branch alone is computed."""
+    return f"toTypeName({column}) IN ('String', {_TEXT_TYPES})"
+
+
 _TEXT_TYPES = "'Nullable(String)', 'LowCardinality(String)', 'LowCardinality(Nullable(String))'"
 
 
-def _checked(number: str, text: str, name: str, otherwise: str) -> str:
-    """A number; an error where there is none though there is a text."""
+def _checked(result: str, other: str, is_none: str, name: str, otherwise: str) -> str:
+    """A value; an error where a condition says that there is none. Any `other` value of the type keeps ClickHouse from
+    folding the two branches where both are NULL, and the error with them.
+    """
     message = quoted(f"Column {name} holds a value that is {otherwise}")
-    return f"{number} + throwIf(isNull({number}) AND isNotNull({text}), {message})"
+    return f"if(throwIf(ifNull({is_none}, 0), {message}), {other}, {result})"
 
 
 def check_name(name: str) -> None:
@@ -210,8 +275,21 @@ def with_columns(model: Model, changes: Mapping[str, ColumnChange]) -> Model:
         merge=replace(model.merge, version=tuple(names[name] for name in model.merge.version)) if model.merge else None,
         timestamps=_renamed(model.timestamps, names),
         query=read(model.query),
-        query_without_dictionary=model.query_without_dictionary and read(model.query_without_dictionary),
+        without_dictionary=model.without_dictionary and _without_dictionary(model, model.without_dictionary, changes),
     )
+
+
+def _without_dictionary(model: Model, without: Model, changes: Mapping[str, ColumnChange]) -> Model:
+    """The changes that the model without its dictionary can have. A column added from one that needs it needs it, too."""
+    lacking = {column.name for column in model.columns} - {column.name for column in without.columns}
+    words = "|".join(map(re.escape, sorted(lacking)))
+    possible = {
+        name: change
+        for name, change in changes.items()
+        if name not in lacking
+        and not (isinstance(change, AddedColumn) and re.search(rf"(?<!\w)({words})(?!\w)", change.expression))
+    }
+    return with_columns(without, possible)
 
 
 def _check_changes(model: Model, changes: Mapping[str, ColumnChange]) -> None:

@@ -45,7 +45,11 @@ FRAME_TYPES: Mapping[Kind, pl.DataType] = {
 """The Polars type of each kind of column in a frame."""
 
 IDENTITY = "identity"
-"""A column of frames beside the model's own, of models with fingerprints: a 64-bit hash (UInt64) of what identifies a row."""
+"""A column of frames beside the model's own: a 64-bit hash (UInt64) of what identifies a row."""
+
+STATE = "row_state"
+"""A column of frames beside the model's own: a 64-bit hash (UInt64) of what identifies a row and of its version. It changes
+whenever the source has the row in another state."""
 
 AS_READ = "as_read"
 """A column of frames beside the model's own, in those frames alone that need it: what a row's values were before they were
@@ -55,7 +59,7 @@ INTERVAL = "interval_start"
 """A column of a query's answer beside the model's own (Int64): the beginning of the interval in which the row counts, in
 microseconds since 1970."""
 
-BESIDE = (IDENTITY, AS_READ, INTERVAL)
+BESIDE = (IDENTITY, STATE, AS_READ, INTERVAL)
 """The columns of frames beside a model's own; none of its own may be called so."""
 
 MORE_COLUMNS = "/* more columns */"
@@ -273,25 +277,26 @@ class Model:
         key: columns that identify a row. With `merge` they are the table's primary key; without, a destination must have
             at least the first, by which rows that are there are told from new ones.
         merge: None for a model whose rows are only appended.
-        query: the ClickHouse query of a selection. It gives every column of the model and `INTERVAL`, and may give more
-            for `finish`. A row that counts in several of the selection's intervals comes once for each of them, as it
-            would if that interval were asked for alone.
-        finish: what is left to do on each frame of the query's answer, which may lack optional columns. It gives the
-            model's columns, `IDENTITY` for a model with fingerprints, and what else the frame has, as it is.
+        query: the ClickHouse query of a selection. It gives every column of the model, `IDENTITY`, `STATE` and `INTERVAL`,
+            and may give more for `finish`. A row that counts in several of the selection's intervals comes once for each of
+            them, as it would if that interval were asked for alone.
         fingerprints: the query of the fingerprint of each interval of a selection: its start in microseconds since 1970,
-            rows, XOR and sum of their identities. None for a model that is merged, and for one whose rows have no
-            identity: then a re-run asks the table for its keys.
-        dictionary: a ClickHouse dictionary that `query_without_dictionary` does without.
-        query_without_dictionary: the query for a source that lacks the dictionary.
+            rows, XOR and sum of their `STATE`.
+        finish: what is left to do on each frame of the query's answer, which may lack optional columns. It gives the
+            model's columns, and what else the frame has, as it is.
+        dictionary: a ClickHouse dictionary that `without_dictionary` does without.
+        without_dictionary: the model for a source that lacks the dictionary: without the columns that need it, so that
+            what a table has in them stays.
         needs: columns of the answer without which `finish` cannot give a column, by that column.
         filter_types: what a property filter may look at, the model's own first; empty for a model without properties.
         timestamps: the columns whose minimum and maximum are the first and the last time of its rows.
         source_tables: the tables that it reads.
-        identity_scheme: what the rows' identities are made of, where a user may change that: identities of another scheme tell
+        identity_scheme: what `IDENTITY` is made of, where a user may change that: identities of another scheme tell
             nothing of these. A word without spaces and colons.
         has_teams: its query selects the rows of one team; without, an export's `team_id` changes nothing.
         key_may_be_null: NULL in a column of the key is a value like any other. Without it no row of the source has one there.
         left_out_of_key: columns of the key that an export leaves out: without them not all rows can be told apart.
+        state_scheme: likewise what `STATE` is made of.
         one_interval_a_query: its query cannot tell in which of several intervals a row counts: each is asked for alone.
     """
 
@@ -301,10 +306,10 @@ class Model:
     key: tuple[str, ...]
     merge: Merge | None
     query: Callable[[Selection], Query]
+    fingerprints: Callable[[Selection], Query]
     finish: Callable[[pl.DataFrame], pl.DataFrame] = _as_it_is
-    fingerprints: Callable[[Selection], Query] | None = None
     dictionary: str | None = None
-    query_without_dictionary: Callable[[Selection], Query] | None = None
+    without_dictionary: "Model | None" = None
     needs: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     filter_types: tuple[FilterType, ...] = ()
     timestamps: tuple[str, str] | None = None
@@ -320,6 +325,13 @@ class Model:
         """The columns whose values decide which rows are the same, and which is the newer one."""
         return (*self.key, *(self.merge.version if self.merge else ()))
 
+    state_scheme: str = "1"
+
+    @property
+    def fingerprint_scheme(self) -> str:
+        """What the hashes of a fingerprint are made of: `Fingerprint.scheme`."""
+        return f"{self.identity_scheme}:{self.state_scheme}"
+
     def check_filters(self, filters: Sequence[PropertyFilter]) -> None:
         """Make sure that the model has what the filters look at.
 
@@ -331,6 +343,20 @@ class Model:
         for one in filters:
             if one.type and one.type not in self.filter_types:
                 raise ValueError(f"{self.name} have no properties of `type: {one.type}` (the filter on `{one.key}`)")
+
+
+def fingerprints(rows: str) -> str:
+    """The SQL of the fingerprint of each interval, over a query that gives `INTERVAL` and `STATE` of each row.
+
+    What else the query gives ClickHouse does not compute.
+    """
+    return f"""
+SELECT {INTERVAL}, count() AS rows, groupBitXor({STATE}) AS state_xor, sumWithOverflow({STATE}) AS state_sum
+FROM (
+{rows.strip()}
+)
+GROUP BY {INTERVAL}
+"""
 
 
 def microseconds(moment: datetime) -> int:

@@ -1,17 +1,18 @@
 """A model of the user's own: a ClickHouse query for one interval, with the columns that it gives."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import md5
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from pg_exports.models.columns import check_name, declared_type, value
+from pg_exports.models.columns import check_name, declared_type, exact_value, value
 from pg_exports.models.model import (
     IDENTITY,
     INTERVAL,
     MORE_COLUMNS,
+    STATE,
     Column,
     Kind,
     Merge,
@@ -19,6 +20,7 @@ from pg_exports.models.model import (
     Query,
     Selection,
     backquoted,
+    fingerprints,
 )
 
 # What is not looked into for placeholders and semicolons: texts, quoted names, comments.
@@ -41,6 +43,12 @@ _TEXTS = 2
 """Version of the texts that identities are made of. In version 1 they followed the user's profile, for example
 `date_time_output_format`."""
 
+_NORMAL_TEXTS: Mapping[str, int] = {"UUID": 3, "DOUBLE PRECISION": 3}
+"""The same for keys of these types. In version 2 a UUID in capitals was another one, and -0 was another number than 0."""
+
+_STATES = 1
+"""Version of the hashes that states are."""
+
 _START = f"toUnixTimestamp64Micro({_PLACEHOLDERS['interval_start']})"
 
 
@@ -52,9 +60,11 @@ class OwnModel(BaseModel):
         query: a SELECT that gives the columns for one interval, with `{interval_start}` and `{interval_end}` in it (each
             a DateTime64(6, 'UTC')), and `{team_id}` where it is needed.
         columns: the Postgres type of each column that is exported, by name; the types are those of an `AddedColumn`.
-        key: the columns that identify a row. Of an interval's rows with one key one is exported.
+        key: the columns that identify a row. Of an interval's rows with one key one is exported, the same in each run.
         version: with it rows are merged: that with the greater version replaces the one that is there, and is the one that
             an interval exports. Compared in order, with NULL lowest. Without it rows are appended.
+
+            A value in `key` and `version` must be one that the column's type holds exactly, and no NaN: else the run fails.
         description: what its rows are.
     """
 
@@ -127,47 +137,41 @@ class OwnModel(BaseModel):
             key=tuple(self.key),
             merge=Merge(version=tuple(self.version)) if self.version else None,
             query=self._query,
-            fingerprints=None if self.version else self._fingerprints,
+            fingerprints=self._fingerprints,
             timestamps=(times[0], times[0]) if times else None,
             one_interval_a_query=True,
             has_teams=any(found["name"] == "team_id" for found in _PLACEHOLDER.finditer(_bare(self.query))),
             key_may_be_null=True,
             identity_scheme=self._identity_scheme(),
+            state_scheme=_digest([_STATES, *self.columns.items()]),
         )
 
     def _identity_scheme(self) -> str:
         """The hash of a row is made of the key's values as texts, so of their types too."""
-        key = repr([_TEXTS, *((name, self.columns[name]) for name in self.key)])
-        return md5(key.encode(), usedforsecurity=False).hexdigest()[:8]
+        version = max(_NORMAL_TEXTS.get(self.columns[name], _TEXTS) for name in self.key)
+        return _digest([version, *((name, self.columns[name]) for name in self.key)])
 
     def _query(self, selection: Selection) -> Query:
-        latest = ", ".join(f"{backquoted(name)} DESC NULLS LAST" for name in self.version)
-        order = f"ORDER BY {latest}\n" if self.version else ""
+        # Of rows with one key and version it is always the same that is exported: any other would look like a change.
+        latest = ", ".join([*(f"{backquoted(name)} DESC NULLS LAST" for name in self.version), STATE])
         part = selection.part.condition(self._hash())
         where = f"WHERE 1{part}\n" if part else ""
-        return _bound(f"{self._rows()}{where}{order}LIMIT 1 BY {_names(self.key)}\n", selection)
+        return _bound(f"{self._rows()}{where}ORDER BY {latest}\nLIMIT 1 BY {_names(self.key)}\n", selection)
 
     def _fingerprints(self, selection: Selection) -> Query:
-        sql = f"""
-SELECT {INTERVAL}, count() AS rows, groupBitXor({IDENTITY}) AS identity_xor, sumWithOverflow({IDENTITY}) AS identity_sum
-FROM (
-    SELECT DISTINCT {INTERVAL}, {IDENTITY}
-    FROM ({self._rows()})
-)
-GROUP BY {INTERVAL}
-"""
-        return _bound(sql, selection)
+        return Query(fingerprints(self._query(selection).sql), selection.parameters)
 
     def _rows(self) -> str:
-        """The query's rows, with the columns' own types, `INTERVAL`, and `IDENTITY` where they are appended."""
+        """The query's rows, with the columns' own types, `IDENTITY`, `STATE` and `INTERVAL`."""
         values = ",\n".join(
-            f"        {value(column.kind, f'own.{backquoted(column.name)}', column.name)} AS {backquoted(column.name)}"
-            for column in _columns(self.columns)
+            f"        {self._value(column)} AS {backquoted(column.name)}" for column in _columns(self.columns)
         )
-        identity = "" if self.version else f"\n    {self._hash()} AS {IDENTITY},"
+        state = ", ".join(_hashed(column) for column in _columns(self.columns))
         return f"""
 SELECT
-    *,{identity}
+    *,
+    {self._hash()} AS {IDENTITY},
+    cityHash64({IDENTITY}, {state}) AS {STATE},
     {_START} AS {INTERVAL}
 FROM (
     SELECT
@@ -178,6 +182,12 @@ FROM (
 )
 """
 
+    def _value(self, column: Column) -> str:
+        written = f"own.{backquoted(column.name)}"
+        if column.name in (*self.key, *self.version):
+            return exact_value(column.postgres_type, written, column.name)
+        return value(column.kind, written, column.name)
+
     def _hash(self) -> str:
         # A tuple's text tells NULL from an empty text, which a hash of its values does not in every version.
         return f"cityHash64(toString(tuple({_names(self.key)})))"
@@ -187,6 +197,21 @@ def _columns(types: dict[str, str]) -> Iterator[Column]:
     for name, type_ in types.items():
         canonical, kind = declared_type(type_)
         yield Column(name, kind, canonical)
+
+
+def _hashed(column: Column) -> str:
+    """What a hash takes of a column's value. It would be NULL with one argument that is."""
+    name = backquoted(column.name)
+    other = {Kind.DATE: "toDate32(0)", Kind.TIMESTAMP: "toDateTime64(0, 6, 'UTC')", Kind.BOOLEAN: "false"}
+    if column.kind is Kind.TEXT_LIST:
+        return f"toString({name})"
+    if column.kind in (Kind.TEXT, Kind.JSON):
+        return f"isNull({name}), ifNull({name}, '')"
+    return f"isNull({name}), ifNull({name}, {other.get(column.kind, '0')})"
+
+
+def _digest(scheme: list[object]) -> str:
+    return md5(repr(scheme).encode(), usedforsecurity=False).hexdigest()[:8]
 
 
 def _names(columns: Iterable[str]) -> str:

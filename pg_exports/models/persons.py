@@ -14,6 +14,9 @@ from pg_exports.models.model import (
     text,
     timestamptz,
 )
+from pg_exports.models.model import (
+    fingerprints as fingerprints_of,
+)
 
 # The ids that the interval touches come first, so that only their rows are aggregated: of 1.2 million mappings with
 # 5,770 touched that takes half the time and a third of the memory of grouping them all. The intervals are gathered in the
@@ -39,10 +42,11 @@ WITH
     mappings AS (
         SELECT
             pdi.distinct_id AS distinct_id,
-            argMax((pdi.person_id, identity(pdi.is_deleted)), (pdi.version, pdi._timestamp, identity(pdi._offset))) AS latest,
+            argMax((pdi.person_id, identity(pdi.is_deleted)), __STATE_OF_pdi__) AS latest,
             latest.1 AS person_id,
             latest.2 AS is_deleted,
             max(pdi.version) AS version,
+            max(__STATE_OF_pdi__) AS state,
             groupUniqArrayIf(
                 roundDown(toUnixTimestamp64Micro(toDateTime64(pdi._timestamp, 6, 'UTC')), {boundaries:Array(Int64)}),
                 pdi._timestamp >= {interval_start:DateTime64(6, 'UTC')}
@@ -62,14 +66,12 @@ WITH
     persons AS (
         SELECT
             p.id AS person_id,
-            argMax(
-                (p.properties, p.created_at, identity(p.is_deleted)),
-                (p.version, p._timestamp, identity(p._offset))
-            ) AS latest,
+            argMax((p.properties, p.created_at, identity(p.is_deleted)), __STATE_OF_p__) AS latest,
             latest.1 AS properties,
             latest.2 AS created_at,
             latest.3 AS is_deleted,
             max(p.version) AS version,
+            max(__STATE_OF_p__) AS state,
             groupUniqArrayIf(
                 roundDown(toUnixTimestamp64Micro(toDateTime64(p._timestamp, 6, 'UTC')), {boundaries:Array(Int64)}),
                 p._timestamp >= {interval_start:DateTime64(6, 'UTC')}
@@ -88,11 +90,22 @@ SELECT
     persons.version AS person_version,
     toDateTime64(persons.created_at, 6, 'UTC') AS created_at,
     persons.is_deleted OR mappings.is_deleted AS is_deleted,
+    cityHash64({team_id:Int64}, mappings.distinct_id) AS identity,
+    cityHash64(identity, mappings.state, persons.state) AS row_state,
     interval_start __MORE_COLUMNS__
 FROM mappings
 GLOBAL INNER JOIN persons ON persons.person_id = mappings.person_id
 ARRAY JOIN arrayDistinct(arrayConcat(mappings.intervals, persons.intervals)) AS interval_start
 """.replace("__MORE_COLUMNS__", MORE_COLUMNS)
+
+# The latest of a person's or a mapping's rows has the greatest: by `version`, then by `_timestamp`, then by `_offset`. As one
+# number, as to compare tuples takes three times as long.
+_STATE = (
+    "bitOr(bitShiftLeft(toInt256({0}.version), 96),"
+    " toInt256(bitOr(bitShiftLeft(toUInt128(toUnixTimestamp({0}._timestamp)), 64), toUInt128({0}._offset))))"
+)
+for _table in ("pdi", "p"):
+    SQL = SQL.replace(f"__STATE_OF_{_table}__", _STATE.format(_table))
 
 _DOCUMENTS: dict[filters.FilterType, str] = {"person": "persons.properties"}
 
@@ -103,6 +116,12 @@ def query(selection: Selection) -> Query:
     where = "WHERE " + "\n    AND ".join(on_properties.sql) + "\n" if on_properties.sql else ""
     sql = SQL.replace(" __PART__", selection.part.condition("cityHash64(pdi.distinct_id)"))
     return Query(sql + where, selection.parameters | on_properties.parameters)
+
+
+def fingerprints(selection: Selection) -> Query:
+    """The fingerprint of each of the intervals that the selection consists of, in one query."""
+    rows = query(selection)
+    return Query(fingerprints_of(rows.sql), rows.parameters)
 
 
 PERSONS = Model(
@@ -127,6 +146,7 @@ PERSONS = Model(
     key=("team_id", "distinct_id"),
     merge=Merge(version=("person_distinct_id_version", "person_version")),
     query=query,
+    fingerprints=fingerprints,
     filter_types=tuple(_DOCUMENTS),
     timestamps=("created_at", "created_at"),
     source_tables=("person", "person_distinct_id2"),

@@ -1,5 +1,7 @@
 """sessions: one row for each session, as it stands when the query runs. Its channel type has a module of its own."""
 
+from dataclasses import replace
+
 from pg_exports.models import channel_type
 from pg_exports.models.model import (
     MORE_COLUMNS,
@@ -13,6 +15,9 @@ from pg_exports.models.model import (
     integer,
     text,
     timestamptz,
+)
+from pg_exports.models.model import (
+    fingerprints as fingerprints_of,
 )
 
 # What a session began with: its columns are called entry_NAME, the source's states initial_NAME.
@@ -38,6 +43,14 @@ BOUNCE_SECONDS = 10
 
 _SESSION_HOUR = "toStartOfHour(fromUnixTimestamp(intDiv(toUInt64(bitShiftRight(session_id_v7, 80)), 1000)))"
 
+# `max_inserted_at` is a later addition to PostHog's table: in the rows from before it is the epoch. Of a session that has no
+# other rows the last event's own time stands for it; of any other it does not, as a client's clock may be in the future.
+_NOT_RECORDED = "toUnixTimestamp64Micro({}) = 0"
+_INSERTED_AT = "if({}, max(s.max_timestamp), max(s.max_inserted_at))".format(
+    _NOT_RECORDED.format("max(s.max_inserted_at)")
+)
+_TOUCHED_AT = f"if({_NOT_RECORDED.format('max_inserted_at')}, max_timestamp, max_inserted_at)"
+
 # The touched sessions' hours are a prefix of the table's sort key: 16 ms instead of 57 ms on a million sessions.
 SQL = """
 WITH
@@ -45,34 +58,34 @@ WITH
         SELECT DISTINCT session_id_v7, __SESSION_HOUR__ AS session_hour
         FROM raw_sessions
         WHERE team_id = {team_id:Int64}
-            AND max_inserted_at >= {interval_start:DateTime64(6, 'UTC')}
-            AND max_inserted_at < {interval_end:DateTime64(6, 'UTC')} __PART__
+            AND __TOUCHED_AT__ >= {interval_start:DateTime64(6, 'UTC')}
+            AND __TOUCHED_AT__ < {interval_end:DateTime64(6, 'UTC')} __PART__
     ),
     sessions AS (
         SELECT
             s.session_id_v7 AS session_id_v7,
-            argMaxMerge(s.distinct_id) AS distinct_id,
+            nullIf(argMaxMerge(s.distinct_id), 'null') AS distinct_id,
             min(s.min_timestamp) AS start_timestamp,
             max(s.max_timestamp) AS end_timestamp,
             arraySort(groupUniqArrayArray(s.urls)) AS urls,
-            argMinMerge(s.entry_url) AS entry_current_url,
-            argMaxMerge(s.end_url) AS end_current_url,
+            nullIf(nullIf(argMinMerge(s.entry_url), ''), 'null') AS entry_current_url,
+            nullIf(nullIf(argMaxMerge(s.end_url), ''), 'null') AS end_current_url,
             __ENTRY_COLUMNS__,
             uniqMerge(s.pageview_uniq) AS pageview_count,
             uniqMerge(s.autocapture_uniq) AS autocapture_count,
             uniqMerge(s.screen_uniq) AS screen_count,
-            argMaxMerge(s.last_external_click_url) AS last_external_click_url,
+            nullIf(nullIf(argMaxMerge(s.last_external_click_url), ''), 'null') AS last_external_click_url,
             uniqUpToMerge(1)(s.page_screen_autocapture_uniq_up_to) AS page_screen_autocapture_count_up_to,
             argMinMerge(s.vitals_lcp) AS vitals_lcp,
             dateDiff('second', start_timestamp, end_timestamp) AS duration,
-            roundDown(toUnixTimestamp64Micro(max(s.max_inserted_at)), {boundaries:Array(Int64)}) AS interval_start
+            __INSERTED_AT__ AS inserted_at
         FROM raw_sessions AS s
         WHERE s.team_id = {team_id:Int64}
             AND __SESSION_HOUR__ GLOBAL IN (SELECT session_hour FROM touched)
             AND s.session_id_v7 GLOBAL IN (SELECT session_id_v7 FROM touched)
         GROUP BY s.session_id_v7
-        HAVING max(s.max_inserted_at) >= {interval_start:DateTime64(6, 'UTC')}
-            AND max(s.max_inserted_at) < {interval_end:DateTime64(6, 'UTC')}
+        HAVING __INSERTED_AT__ >= {interval_start:DateTime64(6, 'UTC')}
+            AND __INSERTED_AT__ < {interval_end:DateTime64(6, 'UTC')}
     )
 SELECT
     toString(reinterpretAsUUID(bitOr(bitShiftLeft(sessions.session_id_v7, 64), bitShiftRight(sessions.session_id_v7, 64))))
@@ -107,14 +120,29 @@ SELECT
     sessions.end_current_url AS exit_current_url,
     path(sessions.end_current_url) AS exit_pathname,
     sessions.vitals_lcp AS vitals_lcp,
-    sessions.interval_start AS interval_start __MORE_COLUMNS__
+    cityHash64({team_id:Int64}, sessions.session_id_v7) AS identity,
+    cityHash64(
+        identity, sessions.inserted_at, sessions.start_timestamp, sessions.end_timestamp, sessions.urls,
+        sessions.pageview_count, sessions.autocapture_count, sessions.screen_count,
+        sessions.page_screen_autocapture_count_up_to, ifNull(sessions.vitals_lcp, -1),
+        __TEXTS__
+    ) AS row_state,
+    roundDown(toUnixTimestamp64Micro(sessions.inserted_at), {boundaries:Array(Int64)}) AS interval_start __MORE_COLUMNS__
 FROM sessions
 """
 
 _ENTRY = (*ATTRIBUTION, *REFERRAL, *CLICK_IDS)
+_TEXTS = (
+    *("distinct_id", "entry_current_url", "end_current_url", "last_external_click_url"),
+    *(f"entry_{name}" for name in _ENTRY),
+)
 
 _STATEMENT = (
     SQL.replace("__SESSION_HOUR__", _SESSION_HOUR)
+    .replace("__TOUCHED_AT__", _TOUCHED_AT)
+    .replace("__INSERTED_AT__", _INSERTED_AT)
+    # Every text of the row, as a late event may change one and nothing else. NULL is '' for all of them.
+    .replace("__TEXTS__", ",\n        ".join(f"ifNull(sessions.{name}, '')" for name in _TEXTS))
     .replace(
         "__ENTRY_COLUMNS__",
         ",\n            ".join(
@@ -137,6 +165,12 @@ def query_without_channel_types(selection: Selection) -> Query:
     return _query(selection, "CAST(NULL AS Nullable(String))")
 
 
+def fingerprints(selection: Selection) -> Query:
+    """The fingerprint of each of the intervals that the selection consists of, in one query."""
+    rows = query_without_channel_types(selection)
+    return Query(fingerprints_of(rows.sql), rows.parameters)
+
+
 def _query(selection: Selection, channel_type_sql: str) -> Query:
     part = selection.part.condition("cityHash64(session_id_v7)")
     sql = _STATEMENT.replace("__CHANNEL_TYPE__", channel_type_sql).replace(" __PART__", part)
@@ -147,7 +181,7 @@ def _of(*columns: str) -> tuple[str, ...]:
     return tuple(f"raw_sessions.{column}" for column in columns)
 
 
-SESSIONS = Model(
+_SESSIONS = Model(
     name="sessions",
     description="Every session with its times, URLs, attribution and counts.",
     columns=(
@@ -185,8 +219,17 @@ SESSIONS = Model(
     key=("team_id", "session_id"),
     merge=Merge(version=("end_timestamp",)),
     query=query,
-    dictionary=channel_type.DICTIONARY,
-    query_without_dictionary=query_without_channel_types,
+    fingerprints=fingerprints,
     timestamps=("start_timestamp", "end_timestamp"),
     source_tables=("raw_sessions",),
+)
+
+SESSIONS = replace(
+    _SESSIONS,
+    dictionary=channel_type.DICTIONARY,
+    without_dictionary=replace(
+        _SESSIONS,
+        columns=tuple(column for column in _SESSIONS.columns if column.name != "channel_type"),
+        query=query_without_channel_types,
+    ),
 )

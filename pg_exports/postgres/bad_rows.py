@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from pg_exports.interval import OnBadRows
-from pg_exports.models import AS_READ, IDENTITY, INTERVAL, Column, Kind, Model, as_read
+from pg_exports.models import AS_READ, IDENTITY, INTERVAL, STATE, Column, Kind, Model, as_read
 from pg_exports.postgres import types
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import DestinationTable
@@ -174,7 +174,7 @@ def bad_rows(frame: pl.DataFrame, reasons: Mapping[int, tuple[str | None, str]],
     intervals = rows[INTERVAL].to_list() if INTERVAL in rows.columns else [None] * len(found)
     bad = []
     for place, interval, row in zip(
-        found, intervals, _values(rows.drop(IDENTITY, INTERVAL, strict=False)), strict=True
+        found, intervals, _values(rows.drop(IDENTITY, STATE, INTERVAL, strict=False)), strict=True
     ):
         column, reason = reasons[place]
         text = _json(row)

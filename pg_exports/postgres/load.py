@@ -66,7 +66,7 @@ class Loading:
     def _is_known(self) -> bool:
         """Whether the journals tell which of the interval's rows are there."""
         past, export = self._past, self.export
-        return past.has_interval and past.is_journaled and not export.replay and bool(export.model.fingerprints)
+        return past.has_interval and past.is_journaled and not export.replay and not export.model.merge
 
     def keys(self, session: Session) -> pl.Series | None:
         """The identities of the rows that are there, ascending; None where there are none, or the journals do not tell."""
@@ -150,7 +150,7 @@ class Load:
             self._writing.sample(rows)
             for start, some in by_interval(rows.with_columns(repaired.alias(_REPAIRED))):
                 self.tallies[start].add(some, some[_REPAIRED], loading.table)
-                if IDENTITY in some.columns:
+                if not loading.export.model.merge:
                     record.add(self.tallies[start].interval, some[IDENTITY])
             loading.progress.tell(self.dealt_with, self.part.number)
 

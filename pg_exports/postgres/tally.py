@@ -10,7 +10,7 @@ import polars as pl
 
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import SAMPLE, Counts, Example, Interval
-from pg_exports.models import IDENTITY, INTERVAL, Model
+from pg_exports.models import INTERVAL, STATE, Model
 from pg_exports.postgres import ledger, types
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.ledger import Past, Written
@@ -48,13 +48,12 @@ class Tally:
     examples: list[Example] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.fingerprint = Fingerprint(scheme=self.model.identity_scheme)
+        self.fingerprint = Fingerprint(scheme=self.model.fingerprint_scheme)
 
     def read(self, rows: pl.DataFrame) -> None:
         """Rows that came from the source."""
         self.at_source += rows.height
-        if IDENTITY in rows.columns:
-            self.fingerprint += Fingerprint.of(rows[IDENTITY])
+        self.fingerprint += Fingerprint.of(rows[STATE])
         if self.model.timestamps:
             # As numbers: Python has no times outside the years 1 to 9999.
             first, last = (rows[name].to_physical() for name in self.model.timestamps)
@@ -99,7 +98,7 @@ class Tally:
             missing=missing,
             bytes=self.bytes + (earlier.bytes if earlier else 0),
         )
-        if not self.model.fingerprints:
+        if self.model.merge:
             return Written(counts, None, 0)
         # Rows that did not stay must be sent again: then the journals do not count, and the table is asked.
         is_known = missing == self.absent
@@ -133,7 +132,7 @@ def _bounds(*times: int) -> tuple[int, int] | None:
 def counted(frames: Iterable[pl.DataFrame], tallies: Mapping[int, Tally]) -> Iterator[pl.DataFrame]:
     """The frames, each interval's rows noted on the way."""
     model = next(iter(tallies.values())).model
-    noted = {INTERVAL, *(model.timestamps or ()), *([IDENTITY] if model.fingerprints else [])}
+    noted = {INTERVAL, STATE, *(model.timestamps or ())}
     for frame in frames:
         for start, rows in by_interval(frame.select(name for name in frame.columns if name in noted)):
             tallies[start].read(rows)

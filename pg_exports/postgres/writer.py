@@ -80,7 +80,8 @@ def write(
     with session.transaction():
         free = locks.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
         tables.lock(session, destination)
-        table = registry.recognise(session, tables.inspect(session, destination, export.model), export.team_id)
+        model = export.source.model
+        table = registry.recognise(session, tables.inspect(session, destination, model), export.team_id)
         if may_go_straight_in(export, table):
             table = registry.find_others(session, table, is_first=is_first)
             if table.rows_before:
@@ -138,7 +139,7 @@ def _way(export: IntervalFrames, table: DestinationTable, past: Past) -> _Way:
         return _Way.WRITTEN
     if export.model.merge:
         return _Way.MERGED
-    if past.fingerprints and export.model.fingerprints and not export.replay:
+    if past.fingerprints and not export.replay:
         return _Way.RECORDED
     return _Way.LACKING if past.has_interval or not may_go_straight_in(export, table) else _Way.STRAIGHT
 

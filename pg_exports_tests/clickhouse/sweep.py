@@ -200,9 +200,8 @@ def answers(clickhouse: ClickHouseResource, end: datetime) -> dict[str, list[str
                 for row in frame.select(sorted({*frame.columns} - {"created_at", "inserted_at"})).rows()
             ]
         answered[model.name] = sorted(rows)
-        if model.fingerprints:
-            fingerprints = clickhouse.rows(model.fingerprints(selection), log_comment="tests")
-            answered[f"{model.name}, fingerprints"] = [str(row) for row in fingerprints]
+        fingerprints = clickhouse.rows(model.fingerprints(selection), log_comment="tests")
+        answered[f"{model.name}, fingerprints"] = sorted(str(row) for row in fingerprints)
     return answered
 
 

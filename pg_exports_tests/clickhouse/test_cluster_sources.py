@@ -198,11 +198,10 @@ def test_the_parts_of_an_interval_are_the_same_on_shards(
     assert sum(parts) == same(plain, distributed, model.query(selected(sample_end, starts=())), model)
 
 
-@pytest.mark.parametrize("model", [MODELS["events"], OWN], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [*MODELS.values(), OWN], ids=lambda model: model.name)
 def test_fingerprints_are_the_same_on_shards(
     plain: Source, distributed: Source, sample_end: datetime, model: Model
 ) -> None:
-    assert model.fingerprints
     starts = () if model is OWN else selected(sample_end).starts
     query = model.fingerprints(selected(sample_end, starts=starts))
     expected = sorted(plain.resource().rows(query, log_comment="tests"))

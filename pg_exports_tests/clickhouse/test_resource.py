@@ -32,6 +32,7 @@ NUMBERS = Model(
     key=("number",),
     merge=None,
     query=lambda selection: Query("SELECT 1", {}),
+    fingerprints=lambda selection: Query("SELECT 1", {}),
 )
 SMALL_BLOCKS = {"max_block_size": 1000, "max_threads": 1}
 

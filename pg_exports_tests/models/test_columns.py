@@ -16,6 +16,7 @@ from pg_exports.models import (
     IDENTITY,
     INTERVAL,
     MODELS,
+    STATE,
     AddedColumn,
     ColumnChange,
     Kind,
@@ -67,7 +68,7 @@ def test_a_column_that_is_left_out_is_neither_created_nor_read(source: Source, h
     assert not {"site_url", "distinct_id", "inserted_at", "ip"} & set(names_of(model))
     assert model.key == ("uuid", "event", "team_id")
     frame = frame_of(source, model, hour)
-    assert frame.columns == [*names_of(model), IDENTITY, INTERVAL]
+    assert frame.columns == [*names_of(model), IDENTITY, STATE, INTERVAL]
     assert frame["set"].to_list() == ['{"a": 1}']
 
 
@@ -120,7 +121,7 @@ def test_a_renamed_column_has_its_new_name_everywhere(source: Source, hour: date
     whole, frame = (
         frame_of(source, some, hour).sort("uuid" if some is EVENTS else "event_id") for some in (EVENTS, model)
     )
-    assert frame.columns == [*names_of(model), IDENTITY, INTERVAL]
+    assert frame.columns == [*names_of(model), IDENTITY, STATE, INTERVAL]
     assert whole.rename(names).equals(frame)
 
 
@@ -137,8 +138,8 @@ def test_a_merged_models_key_and_version_are_renamed(source: Source, hour: datet
     sessions = with_columns(SESSIONS, {"end_timestamp": "ended"})
     assert sessions.merge
     assert (sessions.merge.version, sessions.timestamps) == (("ended",), ("start_timestamp", "ended"))
-    assert sessions.query_without_dictionary
-    assert sessions.query_without_dictionary is not SESSIONS.query_without_dictionary
+    assert sessions.without_dictionary
+    assert sessions.without_dictionary.merge == sessions.merge
 
 
 def test_what_a_frame_cannot_hold_stands_beside_it_by_the_new_name(source: Source, hour: datetime) -> None:
@@ -212,7 +213,7 @@ def test_an_added_column_is_read_where_it_is_asked_for(source: Source, hour: dat
     default = [column.name for column in model.columns if not column.optional]
     assert "broken" in default
     frame = frame_of(source, model, hour, columns=set(default) - {"broken"})
-    assert frame.columns == [*default[:-1], IDENTITY, INTERVAL]
+    assert frame.columns == [*default[:-1], IDENTITY, STATE, INTERVAL]
     with pytest.raises(SourceError, match="read"):
         frame_of(source, model, hour, columns=default)
 
@@ -302,7 +303,7 @@ def test_a_changed_query_can_be_pasted_into_a_console(model: Model, hour: dateti
     changes: dict[str, ColumnChange] = {"it's a `name`": AddedColumn(expression="'it''s' -- so", type="jsonb")}
     changes |= {"person_id": "who"} if "person_id" in names_of(model) else {"duration": False}
     changed = with_columns(model, changes)
-    query = (changed.query_without_dictionary or changed.query)(Selection(TEAM, hour, hour + HOUR))
+    query = (changed.without_dictionary or changed).query(Selection(TEAM, hour, hour + HOUR))
     tables = creating("events", "person", "person_distinct_id2", "raw_sessions")
     assert in_a_console(*tables, query.for_console(), query.without(["it's a `name`"]).for_console()) == []
 
@@ -380,7 +381,7 @@ ONE = AddedColumn(expression="1", type="integer")
         (EVENTS, {"event": ""}, "1 to 63 bytes"),
         (EVENTS, {"event": "ä" * 32}, "1 to 63 bytes"),
         (EVENTS, {"x" * 64: ONE}, "1 to 63 bytes"),
-        (EVENTS, {"event": "identity"}, "no column may be called identity, as_read, interval_start"),
+        (EVENTS, {"event": "identity"}, "no column may be called identity, row_state, as_read, interval_start"),
         (EVENTS, {"interval_start": ONE}, "no column may be called"),
     ],
 )

@@ -3,6 +3,7 @@
 The reference is written in Python from the rows of the source table; of the model it takes nothing.
 """
 
+import itertools
 import json
 import random
 import uuid
@@ -179,6 +180,69 @@ def test_an_event_that_clickhouse_holds_twice_lands_once(
     source.insert("events", twice | {"timestamp": hour - timedelta(days=40)})
     assert run(export_of("events", target, hour), partition_key(hour)).counts == (4, 0, 0)
     assert run(export_of("events", target, hour), partition_key(hour)).counts == (0, 0, 4)
+
+
+def test_of_two_copies_the_newest_lands_by_timestamp_then_by_offset(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    versions = [(0, 5, "old"), (0, 7, "newer"), (1, 1, "newest")]
+    for order in itertools.permutations(versions):
+        name = "".join(copy for _, _, copy in order)
+        of_three = event(hour, uuid=uuid.uuid4(), event=name, distinct_id="three copies")
+        of_two = event(hour, uuid=uuid.uuid4(), event=name, distinct_id="two copies")
+        once = event(hour, uuid=uuid.uuid4(), event=name, distinct_id="one copy", properties='{"copy": "newest"}')
+        for seconds, offset, copy in order:
+            change = {
+                "_timestamp": hour + timedelta(seconds=seconds),
+                "_offset": offset,
+                "properties": json.dumps({"copy": copy}),
+            }
+            # Copies with another time of their own are in other parts of the table for good.
+            source.insert("events", of_three | change | {"timestamp": hour - timedelta(days=offset)})
+            if copy != "newer":
+                source.insert("events", of_two | change)
+        source.insert("events", once)
+    for streams in (1, 3):
+        export = export_of("events", target, hour, name=f"by_{streams}", table=f"by_{streams}", streams=streams)
+        assert run(export, partition_key(hour)).counts == (18, 0, 0)
+        assert target.rows(f"SELECT DISTINCT properties->>'copy', count(*) FROM by_{streams} GROUP BY 1") == [
+            ("newest", 18)
+        ]
+
+
+def test_the_newest_copy_of_each_interval_lands_where_several_are_read_together(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    again = event(hour, uuid=uuid.uuid4())
+    for interval in (0, 1):
+        for offset in (2, 1, 3, 0):
+            received = {"inserted_at": hour + interval * HOUR, "_offset": offset + 10 * interval}
+            source.insert("events", again | received | {"properties": json.dumps({"copy": [interval, offset]})})
+    run(export_of("events", target, hour), partition_key(hour), partition_key(hour + HOUR))
+    assert target.rows("SELECT properties->'copy' FROM events ORDER BY 1") == [("[0, 3]",), ("[1, 3]",)]
+
+
+def test_an_event_passes_a_filter_if_its_newest_copy_does(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    plans = {"left": ("pro", "free"), "joined": ("free", "pro"), "stayed": ("pro", "pro"), "never": ("free", "free")}
+    for name, copies in plans.items():
+        twice = event(hour, uuid=uuid.uuid4(), event=name)
+        for offset, plan in enumerate(copies):
+            source.insert("events", twice | {"_offset": offset, "properties": json.dumps({"plan": plan})})
+    export = export_of("events", target, hour, filters=[{"key": "plan", "value": "pro"}])
+    assert run(export, partition_key(hour)).counts == (2, 0, 0)
+    assert {name for (name,) in target.rows("SELECT event FROM events")} == {"joined", "stayed"}
+    # As when ClickHouse has dropped the older copies.
+    source.execute("SYSTEM START MERGES events")
+    source.execute("OPTIMIZE TABLE events FINAL")
+    assert source.rows("SELECT count() FROM events") == [(4,)]
+    before = len(source.columns_read("events"))
+    assert run(export, partition_key(hour)).counts == (0, 0, 2)
+    assert len(source.columns_read("events")) == before + 1
 
 
 NAMES = (

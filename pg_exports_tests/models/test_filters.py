@@ -64,7 +64,6 @@ def passing(source: Source, *filters: Mapping[str, Any], hour: datetime) -> set[
 def _events(source: Source, selection: Selection) -> set[str]:
     query = EVENTS.query(selection)
     rows = source.rows(f"SELECT event FROM ({query.sql})", query.parameters)
-    assert EVENTS.fingerprints
     counted = EVENTS.fingerprints(selection)
     assert sum(row[1] for row in source.rows(counted.sql, counted.parameters)) == len(rows)
     return {name for (name,) in rows}

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from pg_exports.models import IDENTITY, INTERVAL, MODELS, Model, Query, Selection
+from pg_exports.models import IDENTITY, INTERVAL, MODELS, STATE, Model, Query, Selection
 from pg_exports.sandbox import source_tables
 from pg_exports_tests.conftest import SAMPLE_HOURS, TEAM, Source
 from pg_exports_tests.source_rows import HOUR
@@ -63,7 +63,7 @@ def test_an_events_query_can_be_pasted_into_a_console(hour: datetime) -> None:
 
 
 def test_every_query_can_be_pasted_into_a_console(hour: datetime) -> None:
-    queries = [model.query_without_dictionary or model.query for model in MODELS.values()]
+    queries = [(model.without_dictionary or model).query for model in MODELS.values()]
     selection = Selection(TEAM, hour, hour + 2 * HOUR, starts=(hour, hour + HOUR))
     pasted = [query(selection).for_console() for query in queries]
     pasted += [query(selection).without(["team_id", "distinct_id"]).for_console() for query in queries]
@@ -100,8 +100,9 @@ def test_a_query_gives_the_models_columns_of_the_team_alone(model: Model, sample
         with sample.resource().frames(query, model, log_comment="") as frames:
             rows = 0
             for frame in frames:
-                identity = [IDENTITY] if model.fingerprints else []
-                assert frame.columns == [*(column.name for column in model.columns), *identity, INTERVAL]
+                assert frame.columns == [*(column.name for column in model.columns), IDENTITY, STATE, INTERVAL]
+                assert frame[IDENTITY].is_unique().all()
+                assert frame[STATE].is_unique().all()
                 assert set(frame["team_id"]) == {team_id}
                 assert frame.select(model.key).is_unique().all()
                 rows += frame.height

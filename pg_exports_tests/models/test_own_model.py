@@ -10,7 +10,17 @@ from pydantic import ValidationError
 
 from pg_exports.errors import SourceError
 from pg_exports.fingerprint import Fingerprint
-from pg_exports.models import IDENTITY, INTERVAL, AddedColumn, ColumnChange, Model, OwnModel, Selection, with_columns
+from pg_exports.models import (
+    IDENTITY,
+    INTERVAL,
+    STATE,
+    AddedColumn,
+    ColumnChange,
+    Model,
+    OwnModel,
+    Selection,
+    with_columns,
+)
 from pg_exports.models.model import microseconds
 from pg_exports_tests.conftest import TEAM, Source
 from pg_exports_tests.models.test_model import creating, in_a_console
@@ -47,7 +57,6 @@ def frame_of(source: Source, model: Model, hour: datetime) -> pl.DataFrame:
 
 
 def fingerprint(source: Source, model: Model, hour: datetime) -> list[tuple[int, Fingerprint]]:
-    assert model.fingerprints
     rows = source.resource().rows(model.fingerprints(Selection(TEAM, hour, hour + HOUR)), log_comment="")
     return [(start, Fingerprint(*parts)) for start, *parts in rows]
 
@@ -79,8 +88,8 @@ def test_a_query_gives_its_rows_of_one_interval(source: Source, hour: datetime) 
     assert (model.key, model.merge, model.timestamps) == (("event", "distinct_id"), None, ("last_seen", "last_seen"))
     assert model.one_interval_a_query
     frame = frame_of(source, model, hour)
-    assert frame.columns == ["event", "distinct_id", "times", "last_seen", IDENTITY, INTERVAL]
-    assert frame.drop(IDENTITY).sort("distinct_id").rows() == [
+    assert frame.columns == ["event", "distinct_id", "times", "last_seen", IDENTITY, STATE, INTERVAL]
+    assert frame.drop(IDENTITY, STATE).sort("distinct_id").rows() == [
         ("a", "a", 2, hour.astimezone(UTC), microseconds(hour)),
         ("a", "b", 1, hour + HOUR - MICROSECOND, microseconds(hour)),
     ]
@@ -90,12 +99,12 @@ def test_appended_rows_have_the_fingerprint_that_the_source_gives(source: Source
     model = own().as_model()
     assert fingerprint(source, model, hour) == []
     source.insert("events", *(event(hour, distinct_id=f"{n}") for n in range(5)), event(hour))
-    before = Fingerprint.of(frame_of(source, model, hour)[IDENTITY])
+    before = Fingerprint.of(frame_of(source, model, hour)[STATE])
     assert before.rows == 6
     assert fingerprint(source, model, hour) == [(microseconds(hour), before)]
     source.insert("events", event(hour, distinct_id="late"))
     assert fingerprint(source, model, hour) == [
-        (microseconds(hour), Fingerprint.of(frame_of(source, model, hour)[IDENTITY]))
+        (microseconds(hour), Fingerprint.of(frame_of(source, model, hour)[STATE]))
     ]
     assert fingerprint(source, model, hour) != [(microseconds(hour), before)]
 
@@ -114,7 +123,7 @@ def test_of_rows_with_one_key_one_is_appended_and_null_is_a_key_of_its_own(sourc
     rows = [(None, None), (None, 1), ("", 1), ("NULL", 1), ("a", 1), ("a", 2)]
     assert frame.select("name", "n").sort("name", "n").rows() == rows
     assert frame[IDENTITY].n_unique() == len(rows)
-    assert fingerprint(source, model, hour) == [(microseconds(hour), Fingerprint.of(frame[IDENTITY]))]
+    assert fingerprint(source, model, hour) == [(microseconds(hour), Fingerprint.of(frame[STATE]))]
 
 
 def test_merged_rows_are_those_with_the_greatest_version(source: Source, hour: datetime) -> None:
@@ -122,9 +131,10 @@ def test_merged_rows_are_those_with_the_greatest_version(source: Source, hour: d
         query=STATES, columns={"id": "bigint", "state": "text", "version": "bigint"}, key=["id"], version=["version"]
     ).as_model()
     assert model.merge
-    assert (model.merge.version, model.key, model.fingerprints, model.timestamps) == (("version",), ("id",), None, None)
+    assert (model.merge.version, model.key, model.timestamps) == (("version",), ("id",), None)
     frame = frame_of(source, model, hour)
-    assert frame.sort("id").rows() == [
+    assert fingerprint(source, model, hour) == [(microseconds(hour), Fingerprint.of(frame[STATE]))]
+    assert frame.drop(IDENTITY, STATE).sort("id").rows() == [
         (0, "6", 6, microseconds(hour)),
         (1, "7", 7, microseconds(hour)),
         (2, "5", 5, microseconds(hour)),
@@ -142,10 +152,10 @@ def test_an_own_models_columns_can_be_changed(source: Source, hour: datetime) ->
     model = with_columns(own().as_model(), changes)
     assert (model.key, model.timestamps) == (("name", "distinct_id"), None)
     frame = frame_of(source, model, hour)
-    assert frame.drop(IDENTITY, INTERVAL).rows(named=True) == [
+    assert frame.drop(IDENTITY, STATE, INTERVAL).rows(named=True) == [
         {"name": "a", "distinct_id": "a", "times": 2, "many": True, "upper": "A"}
     ]
-    assert fingerprint(source, model, hour) == [(microseconds(hour), Fingerprint.of(frame[IDENTITY]))]
+    assert fingerprint(source, model, hour) == [(microseconds(hour), Fingerprint.of(frame[STATE]))]
 
 
 # Queries
@@ -177,7 +187,9 @@ def test_an_interval_is_bound_in_utc_whatever_type_the_query_has(source: Source,
     """
     types = {"start": "timestamptz", "end_": "timestamptz", "n": "integer", "text": "text"}
     model = own(query=query, columns=types, key=["n"]).as_model()
-    assert frame_of(source, model, hour).drop(IDENTITY, INTERVAL).rows() == [(hour, hour + HOUR, 1, "{interval_start}")]
+    assert frame_of(source, model, hour).drop(IDENTITY, STATE, INTERVAL).rows() == [
+        (hour, hour + HOUR, 1, "{interval_start}")
+    ]
 
 
 def test_a_table_may_be_read_final(source: Source, hour: datetime) -> None:
@@ -196,7 +208,6 @@ def test_a_table_may_be_read_final(source: Source, hour: datetime) -> None:
 def test_the_queries_can_be_pasted_into_a_console(hour: datetime) -> None:
     selection = Selection(TEAM, hour, hour + HOUR)
     model = own().as_model()
-    assert model.fingerprints
     queries = [model.query(selection), model.fingerprints(selection)]
     assert in_a_console(*creating("events"), *(query.for_console() for query in queries)) == []
 

@@ -5,10 +5,13 @@ The reference takes the states' plain values from ClickHouse, one session at a t
 
 import uuid
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
+from pg_exports.models import AddedColumn
 from pg_exports_tests.conftest import (
     SAMPLE_HOURS,
     TEAM,
@@ -64,6 +67,12 @@ COLUMNS = {
     **dict.fromkeys(CLICK_IDS, "TEXT"),
 }
 
+URLS = (
+    *TEXTS_BEFORE_COUNTS[:6],
+    *("exit_current_url", "exit_pathname", "last_external_click_url"),
+)
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
 STATES = f"""
 SELECT
     toUInt128(session_id_v7) AS session,
@@ -97,29 +106,32 @@ def reference(source: Source, team_id: int, start: datetime, end: datetime) -> l
     states = [dict(zip(STATE_NAMES, row, strict=True)) for row in source.rows(STATES, {"team_id": team_id})]
     for state in states:
         state |= {name: instant(state[name]) for name in ("inserted_at", "started", "ended")}
+        if state["inserted_at"] == EPOCH:
+            state["inserted_at"] = state["ended"]
     return [expected_row(state, team_id, known) for state in states if start <= state["inserted_at"] < end]
 
 
 def expected_row(state: Mapping[str, Any], team_id: int, known: Definitions) -> Row:
-    initial = {name: None if state[name] in ("", "null") else state[name] for name in INITIAL}
-    first, last = urlsplit(state["first_url"]), urlsplit(state["last_url"])
+    initial = {name: no_text(state[name]) for name in INITIAL}
+    first, last = no_text(state["first_url"]), no_text(state["last_url"])
+    entry, end = (url and urlsplit(url) for url in (first, last))
     urls = sorted({url for urls in state["url_lists"] for url in urls}, key=str.encode)
     seconds = int(state["ended"].timestamp()) - int(state["started"].timestamp())
     row = {
         "session_id": str(uuid.UUID(int=state["session"])),
         "session_id_v7": str(state["session"]),
         "team_id": team_id,
-        "distinct_id": state["distinct_id"],
+        "distinct_id": None if state["distinct_id"] == "null" else state["distinct_id"],
         "start_timestamp": state["started"],
         "end_timestamp": state["ended"],
         "urls": urls,
         "num_uniq_urls": len(urls),
-        "entry_current_url": state["first_url"],
-        "entry_pathname": first.path,
-        "entry_hostname": first.hostname or "",
-        "end_current_url": state["last_url"],
-        "end_pathname": last.path,
-        "end_hostname": last.hostname or "",
+        "entry_current_url": first,
+        "entry_pathname": entry and entry.path,
+        "entry_hostname": entry and (entry.hostname or ""),
+        "end_current_url": last,
+        "end_pathname": end and end.path,
+        "end_hostname": end and (end.hostname or ""),
         **{f"entry_{name}": value for name, value in initial.items()},
         "pageview_count": state["pageviews"],
         "autocapture_count": state["autocaptures"],
@@ -128,13 +140,17 @@ def expected_row(state: Mapping[str, Any], team_id: int, known: Definitions) -> 
         "session_duration": seconds,
         "duration": seconds,
         "is_bounce": bounce(state["pageviews"], state["autocaptures"], seconds),
-        "last_external_click_url": state["click_url"],
+        "last_external_click_url": no_text(state["click_url"]),
         "page_screen_autocapture_count_up_to": state["up_to"],
-        "exit_current_url": state["last_url"],
-        "exit_pathname": last.path,
+        "exit_current_url": last,
+        "exit_pathname": end and end.path,
         "vitals_lcp": state["lcp"],
     }
     return comparable([row[name] for name in COLUMNS], COLUMNS)
+
+
+def no_text(value: str) -> str | None:
+    return None if value in ("", "null") else value
 
 
 def bounce(pageviews: int, autocaptures: int, seconds: int) -> int | None:
@@ -311,8 +327,49 @@ def test_each_column_is_what_the_states_say(source: Source, target: Target, run:
         f"entry_{name}": None for name in INITIAL
     }
     assert empty["session_id"] == str(click)
-    assert (empty["urls"], empty["num_uniq_urls"], empty["entry_pathname"], empty["is_bounce"]) == ([], 0, "", None)
+    assert (empty["urls"], empty["num_uniq_urls"], empty["is_bounce"]) == ([], 0, None)
     assert (empty["vitals_lcp"], empty["channel_type"]) == (None, "Unknown")
+    assert {name for name in URLS if empty[name] is not None} == set()
+
+
+@pytest.mark.parametrize("nothing", ["", "null"])
+def test_a_url_that_is_not_there_is_null_and_so_are_its_path_and_its_host(
+    source: Source, target: Target, run: RunExport, hour: datetime, nothing: str
+) -> None:
+    none_given = {"entry_url": nothing, "end_url": nothing, "last_external_click_url": nothing}
+    insert_sessions(source, session(new_session(hour), hour, distinct_id="null", **none_given))
+    assert run(export_of("sessions", target, hour), partition_key(hour)).error is None
+    assert landed(target, *URLS, "distinct_id") == [(None,) * (len(URLS) + 1)]
+
+
+def test_a_session_from_before_insertions_were_recorded_counts_by_its_last_event(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    old, later = hour - 5 * HOUR, hour + HOUR
+    names = ("old", "at the start", "too late", "mixed", "of the future", "another row")
+    ids = {name: new_session(old) for name in names}
+
+    def rows(name: str, *times: tuple[datetime, datetime]) -> list[dict[str, object]]:
+        return [
+            session(ids[name], inserted_at, distinct_id=name, started=old, ended=ended) for inserted_at, ended in times
+        ]
+
+    for row in (
+        *rows("old", (EPOCH, old), (EPOCH, hour + HOUR - MICROSECOND)),
+        *rows("at the start", (EPOCH, hour)),
+        *rows("too late", (EPOCH, hour), (EPOCH, later)),
+        # A row that has the time of its insertion decides, whatever a client's clock said.
+        *rows("mixed", (EPOCH, later + HOUR), (hour, old)),
+        *rows("of the future", (hour, datetime(2100, 1, 1, tzinfo=UTC))),
+        *rows("another row", (EPOCH, hour), (later, old)),
+    ):
+        insert_sessions(source, row)
+    assert run(export_of("sessions", target, hour), partition_key(hour)).error is None
+    assert {name for (name,) in landed(target, "distinct_id")} == {"old", "at the start", "mixed", "of the future"}
+    both = run(export_of("sessions", target, hour), partition_key(hour), partition_key(later))
+    assert both.error is None
+    assert {name for (name,) in landed(target, "distinct_id")} == set(names)
+    assert differences(landed_rows(target, "sessions", COLUMNS), reference(source, TEAM, hour, later + HOUR)) == {}
 
 
 def test_a_bounce_is_one_pageview_of_less_than_ten_seconds_without_autocapture(
@@ -374,3 +431,31 @@ def test_without_the_dictionary_the_channel_is_null_and_the_run_says_so_once(
         (None, None, "$direct"),
     ]
     assert len([line for line in both.log if "channel_definition_dict" in line]) == 1
+
+
+def test_without_the_dictionary_a_channel_that_is_there_stays(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    export = export_of(
+        "sessions", target, hour, columns={"channel_type": "channel", "loud": LOUD, "one": ONE, "vitals_lcp": False}
+    )
+    one, other = new_session(hour), new_session(hour + MICROSECOND)
+    insert_sessions(source, session(one, hour, initial_utm_campaign="cross-network"))
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+    source.execute("DROP DICTIONARY channel_definition_dict")
+    insert_sessions(
+        source,
+        session(one, hour, ended=hour + HOUR / 2, urls=["/new"]),
+        session(other, hour + MICROSECOND, initial_utm_campaign="cross-network"),
+    )
+    assert run(export, partition_key(hour)).counts == (1, 1, 0)
+    assert landed(target, "urls", "channel", "loud", "one") == [
+        (["/new"], "Cross Network", "CROSS NETWORK", 1),
+        ([], None, None, 1),
+    ]
+    # Nor does it pass for a change that it is not there.
+    assert run(export, partition_key(hour)).counts == (0, 0, 2)
+
+
+LOUD = AddedColumn(expression="upper(channel_type)", type="TEXT")
+ONE = AddedColumn(expression="1", type="INTEGER")

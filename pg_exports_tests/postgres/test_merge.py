@@ -204,7 +204,7 @@ def test_where_null_is_a_value_of_a_key_its_rows_are_recognised_in_each_type(
         columns = (Column("a", kind, type_), Column("b", Kind.INTEGER, "BIGINT"), Column("c", Kind.TEXT, "TEXT"))
         for key in (("a",), ("a", "b"), ("b", "c", "a")):
             table = f"t{n}_{''.join(key)}"
-            model = Model(table, "", columns, key, None, EVENTS.query, key_may_be_null=True)
+            model = Model(table, "", columns, key, None, EVENTS.query, EVENTS.fingerprints, key_may_be_null=True)
             values: dict[str, list[object]] = {"a": [value, None], "b": [1, None], "c": ["", None]}
             rows = [dict(zip(key, each, strict=True)) for each in itertools.product(*(values[name] for name in key))]
             assert load(target, model, *rows[::2]) == Merged(len(rows[::2]), 0)

@@ -38,6 +38,7 @@ OWN = Model(
     ("a", "b"),
     None,
     EVENTS.query,
+    EVENTS.fingerprints,
     key_may_be_null=True,
 )
 

@@ -70,6 +70,7 @@ def test_what_goes_in_comes_out_for_every_pair_of_kind_and_type(target: Target) 
         ("id",),
         None,
         EVENTS.query,
+        EVENTS.fingerprints,
     )
     create(target, "things", "id bigint", *(f"{quoted(name)} {type_}" for name, (_, type_, _) in columns.items()))
     longest = max(len(values) for *_, values in columns.values())
@@ -129,7 +130,9 @@ def shortest(value: float) -> str:
 def test_a_column_of_n_characters_holds_n_whatever_their_bytes(target: Target) -> None:
     """Domains, and domains on domains, count as what they stand on."""
     target.execute("CREATE DOMAIN short AS varchar(9)", "CREATE DOMAIN shorter AS short CHECK (value <> '')")
-    model = Model("things", "", (ID, Column("value", Kind.TEXT, "TEXT")), ("id",), None, EVENTS.query)
+    model = Model(
+        "things", "", (ID, Column("value", Kind.TEXT, "TEXT")), ("id",), None, EVENTS.query, EVENTS.fingerprints
+    )
     declarations = ["varchar(9)", "char(9)", "short", "shorter"]
     made = [creation(f"t{n}", "id bigint", f"value {declared}") for n, declared in enumerate(declarations)]
     target.execute(*itertools.chain.from_iterable(made))
@@ -256,7 +259,7 @@ def test_a_column_by_which_rows_are_compared_tells_apart_what_differs_at_the_sou
                 Column("plain", kind, "TEXT"),
                 Column("other", Kind.INTEGER, "BIGINT"),
             )
-            model = Model("things", "", columns, key, merge, EVENTS.query)
+            model = Model("things", "", columns, key, merge, EVENTS.query, EVENTS.fingerprints)
             table = f'"{target.schema}"."t{n}"'
 
             def inspect() -> None:
@@ -296,7 +299,7 @@ def test_a_uuid_by_which_rows_are_compared_has_one_spelling(target: Target) -> N
 
 def test_a_merges_key_that_is_null_is_set_aside_whatever_the_tables_column_allows(target: Target) -> None:
     columns = (ID, Column("name", Kind.TEXT, "TEXT"), Column("version", Kind.INTEGER, "BIGINT"))
-    model = Model("things", "", columns, ("id", "name"), Merge(("version",)), EVENTS.query)
+    model = Model("things", "", columns, ("id", "name"), Merge(("version",)), EVENTS.query, EVENTS.fingerprints)
     for table, key in (("unique_ones", "UNIQUE (id, name)"), ("primary_ones", "PRIMARY KEY (id, name)")):
         create(target, table, "id bigint, name text, version bigint", key)
         with pytest.raises(DestinationError, match="by which rows are merged, and cannot be NULL"):
@@ -323,7 +326,7 @@ VERSIONS: list[tuple[Kind, str, list[Any]]] = [
 def test_versions_are_ordered_as_clickhouse_orders_them(target: Target) -> None:
     for n, (kind, type_, values) in enumerate(VERSIONS):
         columns = (Column("id", Kind.INTEGER, "BIGINT"), Column("version", kind, "TEXT"))
-        model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query)
+        model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query, EVENTS.fingerprints)
         create(target, f"t{n}", "id bigint PRIMARY KEY", f"version {type_}")
         pairs = list(itertools.product(values, values))
         load(target, model, *({"id": i, "version": held} for i, (held, _) in enumerate(pairs)), table=f"t{n}")
@@ -336,7 +339,7 @@ def test_versions_are_ordered_as_clickhouse_orders_them(target: Target) -> None:
 
 def test_a_version_that_is_no_number_is_as_low_as_none(target: Target) -> None:
     columns = (ID, Column("version", Kind.FLOAT, "DOUBLE PRECISION"))
-    model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query)
+    model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query, EVENTS.fingerprints)
     assert load(target, model, {"id": 1, "version": float("nan")}) == Merged(1, 0)
     assert load(target, model, {"id": 1, "version": None}, {"id": 2, "version": 1.0}) == Merged(1, 1)
     assert load(target, model, {"id": 1, "version": -1.0}, {"id": 2, "version": float("nan")}) == Merged(0, 1)
@@ -370,7 +373,7 @@ def test_json_that_has_no_equality_is_compared_all_the_same(target: Target) -> N
         Column("version", Kind.INTEGER, "BIGINT"),
         Column("value", Kind.JSON, "JSONB"),
     )
-    model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query)
+    model = Model("things", "", columns, ("id",), Merge(("version",)), EVENTS.query, EVENTS.fingerprints)
     create(target, "things", "id bigint PRIMARY KEY", "version bigint", "value json")
     row = {"id": 1, "version": 1, "value": "{}"}
     assert load(target, model, row) == Merged(1, 0)
