@@ -21,7 +21,16 @@ from pg_exports.component import SettingsComponent, as_written, read_part
 from pg_exports.connection_check import Setup
 from pg_exports.errors import SettingsError
 from pg_exports.interval import Deduplicate, Interval, IntervalFrames, OnBadRows
-from pg_exports.models import MODELS, AddedColumn, Model, OwnModel, PropertyFilter, Selection, with_columns
+from pg_exports.models import (
+    MERGED_EVENTS,
+    MODELS,
+    AddedColumn,
+    Model,
+    OwnModel,
+    PropertyFilter,
+    Selection,
+    with_columns,
+)
 from pg_exports.partitions import Grid, IntervalLength, intervals, recent
 from pg_exports.postgres import PostgresIOManager, PostgresResource
 from pg_exports.postgres import io_manager as io
@@ -183,7 +192,7 @@ class PostgresExport(SettingsComponent):
     deduplicate: Deduplicate = Field(
         default="interval",
         description="An event that ClickHouse received in two intervals lands in each of them (interval), or once in the "
-        "whole table (table).",
+        "whole table: the one that lands first stays (table), or the newest one replaces it (replace).",
     )
     max_partitions_per_run: int = Field(
         default=MAX_PARTITIONS_PER_RUN,
@@ -285,8 +294,12 @@ class PostgresExport(SettingsComponent):
             model.check_filters(self.filters)
         except ValueError as error:
             raise ValueError(f"`filters`: {error}") from None
-        if model.merge and self.deduplicate != "interval":
-            raise ValueError("`deduplicate: table` is for `model: events`; persons and sessions are merged")
+        if self.deduplicate != "interval" and (
+            model.merge if self.deduplicate == "table" else self.exported_model != "events"
+        ):
+            raise ValueError(
+                f"`deduplicate: {self.deduplicate}` is for `model: events`; merged rows are in the table once"
+            )
         if self.max_partitions_per_run < 1:
             raise ValueError("`max_partitions_per_run` must be 1 or more")
         if not 1 <= self.streams <= MAX_STREAMS:
@@ -312,7 +325,10 @@ class PostgresExport(SettingsComponent):
             ValueError: a change that the model cannot have.
         """
         own = self.exported_model
-        return with_columns(MODELS[own] if isinstance(own, str) else own.as_model(), self.columns)
+        model = MODELS[own] if isinstance(own, str) else own.as_model()
+        if self.deduplicate == "replace" and own == "events":
+            model = MERGED_EVENTS
+        return with_columns(model, self.columns)
 
     @property
     def key(self) -> str:

@@ -40,8 +40,10 @@ def spanned(intervals: Sequence[Interval]) -> str:
 OnBadRows = Literal["repair", "reject", "fail"]
 """Rows that Postgres cannot hold are repaired where that is faithful and else rejected, or all rejected, or fail the run."""
 
-Deduplicate = Literal["interval", "table"]
-"""An appended row that the source has in two intervals lands in each of them, or once in the whole table."""
+Deduplicate = Literal["interval", "table", "replace"]
+"""An event that the source has in two intervals lands in each of them, or once in the whole table; then the first one that
+lands stays, or the newest one replaces it.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Counts:
     """What became of an interval's rows, and their size as Arrow in bytes.
 
     Each row at the source was inserted, or replaced an older one (updated), or was there already (unchanged), or was
-    rejected; if it is none of these, it is missing. Some of those that landed were repaired.
+    rejected; if it is none of these, it is missing. Some of those that landed were repaired. Rows that an earlier run has
+    exported from the interval and the source does not have any more are erased.
     """
 
     at_source: int
@@ -60,6 +63,7 @@ class Counts:
     rejected: int
     missing: int
     bytes: int
+    erased: int = 0
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -69,7 +73,8 @@ class Counts:
             f"{self.at_source} rows at the source, {self.inserted} inserted, {self.updated} updated, "
             f"{self.unchanged} unchanged, {self.repaired} repaired, {self.rejected} rejected"
         )
-        return f"{said}, {self.missing} missing" if self.missing else said
+        said = f"{said}, {self.missing} missing" if self.missing else said
+        return f"{said}, {self.erased} erased at the source" if self.erased else said
 
 
 @dataclass

@@ -168,7 +168,7 @@ def test_a_passing_error_in_the_midst_of_a_range_costs_no_interval_before_it_and
     assert (copies_since(target, copies), intervals_read(source) - reads) == (6, 6)
     assert each_once(target) == 10
     assert done.reconciliation.passed
-    assert done.reconciliation.metadata["rows_in_destination"].value == 10
+    assert done.reconciliation.metadata["rows_written"].value == 10
 
 
 def test_a_range_whose_last_tries_reach_nothing_still_shows_what_the_first_one_wrote(

@@ -393,7 +393,7 @@ def test_a_connection_that_is_lost_in_the_midst_of_a_range_adds_nothing_twice_an
     assert shown(done) == [(partition_key(hour), n, 0) for n, hour in enumerate(hours, start=1)]
     assert in_ledger(target) == [(hour, n) for n, hour in enumerate(hours, start=1)]
     assert done.reconciliation.passed
-    assert done.reconciliation.metadata["rows_in_destination"].value == 21
+    assert done.reconciliation.metadata["rows_written"].value == 21
 
 
 # Other runs

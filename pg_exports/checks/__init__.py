@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 import dagster as dg
 
-from pg_exports.checks import bad_rows, gaps, reconciliation, table_columns, volume
+from pg_exports.checks import bad_rows, erased_rows, gaps, reconciliation, table_columns, volume
 from pg_exports.interval import IntervalFrames
 
 
 def specs(export: str) -> list[dg.AssetCheckSpec]:
     """The checks of an export."""
-    return [module.spec(export) for module in (bad_rows, table_columns, volume, gaps, reconciliation)]
+    return [module.spec(export) for module in (bad_rows, table_columns, volume, gaps, erased_rows, reconciliation)]
 
 
 def results(frames: IntervalFrames, partitions: dg.TimeWindowPartitionsDefinition) -> Iterator[dg.AssetCheckResult]:
@@ -24,4 +24,5 @@ def results(frames: IntervalFrames, partitions: dg.TimeWindowPartitionsDefinitio
     yield table_columns.result(findings, export)
     yield volume.result(findings, export)
     yield gaps.result(findings, export, partitions)
+    yield erased_rows.result(findings, export)
     yield reconciliation.result(findings, export)

@@ -5,7 +5,7 @@ has, `filters` selects among its rows; `json_text` and `channel_type` serve them
 """
 
 from pg_exports.models.columns import AddedColumn, ColumnChange, with_columns
-from pg_exports.models.events import EVENTS
+from pg_exports.models.events import EVENTS, MERGED_EVENTS
 from pg_exports.models.filters import PropertyFilter
 from pg_exports.models.model import (
     AS_READ,
@@ -33,6 +33,7 @@ __all__ = [
     "FRAME_TYPES",
     "IDENTITY",
     "INTERVAL",
+    "MERGED_EVENTS",
     "MODELS",
     "STATE",
     "AddedColumn",

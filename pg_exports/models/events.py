@@ -7,6 +7,7 @@ query marks every other document as a suspect, and `finish` reads its text exact
 
 import functools
 import re
+from dataclasses import replace
 
 import polars as pl
 
@@ -14,6 +15,7 @@ from pg_exports.models import as_read as as_reads
 from pg_exports.models import filters, json_text
 from pg_exports.models.model import (
     MORE_COLUMNS,
+    Merge,
     Model,
     Query,
     Selection,
@@ -251,3 +253,13 @@ EVENTS = Model(
     timestamps=("timestamp", "timestamp"),
     source_tables=("events",),
 )
+
+
+MERGED_EVENTS = replace(
+    EVENTS,
+    columns=tuple(
+        replace(column, optional=column.optional and column.name != "inserted_at") for column in EVENTS.columns
+    ),
+    merge=Merge(version=("inserted_at",)),
+)
+"""The same with each event once in the table: of one that was sent again, in whatever interval, the newest."""

@@ -319,13 +319,17 @@ class Model:
     identity_scheme: str = ""
     key_may_be_null: bool = False
     left_out_of_key: tuple[str, ...] = ()
+    state_scheme: str = "1"
 
     @property
     def compared(self) -> tuple[str, ...]:
         """The columns whose values decide which rows are the same, and which is the newer one."""
         return (*self.key, *(self.merge.version if self.merge else ()))
 
-    state_scheme: str = "1"
+    @property
+    def journaled(self) -> str:
+        """The column of frames that the key journals keep."""
+        return STATE if self.merge else IDENTITY
 
     @property
     def fingerprint_scheme(self) -> str:

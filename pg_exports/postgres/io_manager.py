@@ -164,7 +164,7 @@ class PostgresIOManager(dg.ConfigurableIOManager):
         """Say what was written, in the log and for each partition."""
         counts = outcome.counts
         total = functools.reduce(operator.add, counts.values())
-        say = context.log.warning if total.rejected or total.missing else context.log.info
+        say = context.log.warning if total.rejected or total.missing or total.erased else context.log.info
         say(f"{export.export} {spanned(list(counts))}: {total} in {seconds:.1f} s")
         findings = export.findings
         findings.written.update(counts)
@@ -290,6 +290,7 @@ def _metadata(
         "rows_unchanged": counts.unchanged,
         "rows_repaired": counts.repaired,
         "rows_rejected": counts.rejected,
+        "rows_erased_at_source": counts.erased,
         "bytes": counts.bytes,
         "seconds": round(seconds, 3),
         "seconds_source": round(spent.source * share, 3),

@@ -1,11 +1,16 @@
-"""Key journals: the identities of an interval's rows that are in a table, kept beside the ledger.
+"""Key journals: the hashes of an interval's rows that were exported, kept beside the ledger.
 
-With them a re-run knows what is there without asking the table, so that its cost grows with the interval and not with the
-table, and the table needs no index. Eight bytes a row, in pieces, as `bytea`; they commit with the rows. A row that was
-rejected is in none. Journals may be pruned: a re-run of their intervals then asks the table.
+Of a model whose rows are appended these are their identities. With them a re-run knows what is there without asking the
+table, so that its cost grows with the interval and not with the table, and the table needs no index. A row that was
+rejected is in none. Of a merged model they are the states of all rows that were read: by them late rows are found.
+
+Eight bytes a row, in pieces, as `bytea`; they commit with the rows. Journals may be pruned: a re-run of their intervals then
+asks the table.
 """
 
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import polars as pl
 import pyarrow as pa
@@ -50,23 +55,67 @@ def ensure(session: Session, schema: str) -> None:
     schemas.ensure_own(session, schema, TABLE, _CREATE.format(journal=quoted(schema, TABLE)))
 
 
-def read(session: Session, table: DestinationTable, team_id: int, interval: Interval) -> pl.Series:
-    """The identities of the team's rows of the interval that are in the table (UInt64, ascending)."""
+@dataclass(frozen=True)
+class Recorded:
+    """The hashes that the journals have of an interval (UInt64, ascending).
+
+    Attributes:
+        keys: of all exports and intervals that overlap it.
+        own: of the export's own journals of this very interval, each once.
+    """
+
+    keys: pl.Series
+    own: pl.Series
+
+
+NOTHING = Recorded(pl.Series(dtype=pl.UInt64), pl.Series(dtype=pl.UInt64))
+"""What the journals have of an interval that no run has written."""
+
+
+def read(
+    session: Session, table: DestinationTable, team_id: int, export: str, intervals: Sequence[Interval]
+) -> dict[int, Recorded]:
+    """What the journals have of the team's rows of each interval, by the interval's position."""
+    if not intervals:
+        return {}
     answer = session.arrow(
         f"""
-        SELECT keys
-        FROM {quoted(table.destination.schema, TABLE)}, (SELECT $5::text::timestamptz, $6::text::timestamptz) AS i(first, last)
-        WHERE {OVERLAPPING}
+        SELECT number, interval_start = first AND interval_end = last AND export = $7 AS is_own, keys
+        FROM {quoted(table.destination.schema, TABLE)}
+        JOIN unnest($5::text[]::timestamptz[], $6::text[]::timestamptz[]) WITH ORDINALITY AS asked(first, last, number)
+            ON {OVERLAPPING}
         """,
         *table.identity,
         table.teams(team_id),
-        interval.start,
-        interval.end,
+        [interval.start.isoformat() for interval in intervals],
+        [interval.end.isoformat() for interval in intervals],
+        export,
         doing="reading the keys of earlier runs",
     )
-    data = b"".join(value.as_py() for value in answer.column("keys"))
-    keys = pa.Array.from_buffers(pa.uint64(), len(data) // 8, [None, pa.py_buffer(data)])
-    return pl.Series(IDENTITY, keys, dtype=pl.UInt64).sort()
+    pieces: dict[int, list[tuple[bool, pl.Series]]] = {}
+    for number, is_own, keys in zip(*(answer.column(name).to_pylist() for name in answer.column_names), strict=True):
+        pieces.setdefault(intervals[number - 1].position, []).append((is_own, _series(keys)))
+    return {
+        position: Recorded(
+            pl.concat([keys for _, keys in some]).sort(),
+            pl.concat([NOTHING.own, *(keys for is_own, keys in some if is_own)]).unique().sort(),
+        )
+        for position, some in pieces.items()
+    }
+
+
+def _series(keys: bytes) -> pl.Series:
+    array = pa.Array.from_buffers(pa.uint64(), len(keys) // 8, [None, pa.py_buffer(keys)])
+    return pl.Series(array, dtype=pl.UInt64)
+
+
+def among(hashes: pl.Series, keys: pl.Series) -> pl.Series:
+    """A mask of those hashes that are among keys, which are ascending."""
+    if keys.is_empty():
+        return pl.repeat(False, len(hashes), dtype=pl.Boolean, eager=True)
+    # A sorted search: a hash table of all the keys, once for each frame, would take ten times as long.
+    places = keys.search_sorted(hashes).clip(0, len(keys) - 1)
+    return keys.gather(places) == hashes
 
 
 class Sieve:
@@ -84,10 +133,7 @@ class Sieve:
     def sift(self, frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         """The rows that are not known."""
         for frame in frames:
-            # A sorted search: a hash table of all the keys, once for each frame, would take ten times as long.
-            identities = frame[IDENTITY]
-            places = self._keys.search_sorted(identities).clip(0, len(self._keys) - 1)
-            is_known = self._keys.gather(places) == identities
+            is_known = among(frame[IDENTITY], self._keys)
             self.known += int(is_known.sum())
             yield frame.filter(~is_known)
 
@@ -99,21 +145,25 @@ class Journal:
         self._session = session
         self._table = table
         self._key = (*table.identity, team_id, export, run_id)
-        self._waiting: dict[Interval, list[pl.Series]] = {}
-        self._count = 0
+        # Of a merged model the thread that reads adds to it.
+        self._added: deque[tuple[Interval, pl.Series]] = deque()
 
-    def add(self, interval: Interval, identities: pl.Series) -> None:
-        """Rows of an interval that landed."""
-        self._waiting.setdefault(interval, []).append(identities)
-        self._count += len(identities)
-        if self._count >= PIECE:
-            self.flush()
+    def add(self, interval: Interval, hashes: pl.Series) -> None:
+        """Rows of an interval, to be written with the next `flush`. Any thread may add."""
+        if len(hashes):
+            self._added.append((interval, hashes))
 
-    def flush(self) -> None:
-        """Write what is waiting."""
+    def flush(self, at_least: int = 1) -> None:
+        """Write what was added, if there is as much."""
+        if sum(len(hashes) for _, hashes in tuple(self._added)) < at_least:
+            return
+        waiting: dict[Interval, list[pl.Series]] = {}
+        while self._added:
+            interval, hashes = self._added.popleft()
+            waiting.setdefault(interval, []).append(hashes)
         pieces = [
             (interval, keys[start : start + PIECE])
-            for interval, keys in ((interval, pl.concat(some)) for interval, some in self._waiting.items())
+            for interval, keys in ((interval, pl.concat(some)) for interval, some in waiting.items())
             for start in range(0, len(keys), PIECE)
         ]
         if pieces:
@@ -131,7 +181,6 @@ class Journal:
                 [_bytes(keys) for _, keys in pieces],
                 doing="writing the keys of the intervals' rows",
             )
-        self._waiting, self._count = {}, 0
 
 
 def _bytes(keys: pl.Series) -> bytes:

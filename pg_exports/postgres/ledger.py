@@ -111,6 +111,9 @@ WITH
                 WHERE interval_start = first AND interval_end = last AND rows_rejected = 0 AND rows_missing = 0
                     AND partition_filenodes <@ $7::text::bigint[]
             ) AS fingerprints,
+            min(fingerprint) FILTER (
+                WHERE interval_start = first AND interval_end = last AND export = $8 AND rows_missing = 0
+            ) AS own_fingerprint,
             min(
                 json_build_object(
                     'at_source', rows_at_source, 'inserted', rows_inserted, 'updated', rows_updated,
@@ -129,6 +132,7 @@ SELECT
     coalesce(found.is_journaled, true),
     coalesce(found.keys, 0)::bigint,
     coalesce(found.fingerprints, ''),
+    found.own_fingerprint,
     found.by_this_run
 FROM asked
 LEFT JOIN found USING (number)
@@ -171,6 +175,7 @@ class Past:
             that these went into are there.
         keys: keys in the export's own journals of this very interval.
         fingerprints: of the interval's rows at the source, whenever all of them landed.
+        own_fingerprint: of the rows that this export met when it wrote this very interval, those that were rejected too.
         by_this_run: the counts, where this run itself has committed the interval (in an earlier try).
     """
 
@@ -178,6 +183,7 @@ class Past:
     is_journaled: bool
     keys: int
     fingerprints: frozenset[str]
+    own_fingerprint: str | None
     by_this_run: Counts | None
 
 
@@ -231,9 +237,10 @@ def past(
             is_journaled=bool(is_journaled),
             keys=int(str(keys)),
             fingerprints=frozenset(str(fingerprints).split()),
+            own_fingerprint=str(own_fingerprint) if own_fingerprint else None,
             by_this_run=Counts(**json.loads(str(by_this_run))) if by_this_run else None,
         )
-        for has_interval, is_journaled, keys, fingerprints, by_this_run in rows
+        for has_interval, is_journaled, keys, fingerprints, own_fingerprint, by_this_run in rows
     ]
 
 

@@ -16,11 +16,11 @@ import polars as pl
 
 from pg_exports.errors import PassingError
 from pg_exports.interval import Interval, IntervalFrames, Seconds
-from pg_exports.models import IDENTITY, Part
+from pg_exports.models import IDENTITY, INTERVAL, STATE, Part
 from pg_exports.models.model import WHOLE
 from pg_exports.postgres import ingest, journal, keys, merge, rejected
 from pg_exports.postgres.bad_rows import BadRow
-from pg_exports.postgres.journal import Journal, Sieve
+from pg_exports.postgres.journal import NOTHING, Journal, Recorded, Sieve
 from pg_exports.postgres.ledger import Past
 from pg_exports.postgres.merge import Merged
 from pg_exports.postgres.progress import Progress
@@ -68,12 +68,46 @@ class Loading:
         past, export = self._past, self.export
         return past.has_interval and past.is_journaled and not export.replay and not export.model.merge
 
-    def keys(self, session: Session) -> pl.Series | None:
-        """The identities of the rows that are there, ascending; None where there are none, or the journals do not tell."""
-        if not self._is_known:
-            return None
-        there = journal.read(session, self.table, self.export.team_id, self.intervals[0])
-        return None if there.is_empty() else there
+    def recorded(self, session: Session) -> dict[int, Recorded]:
+        """What the journals have of each interval that runs have written before, by its position."""
+        again = [interval for interval in self.intervals if self.pasts[interval].has_interval]
+        return journal.read(session, self.table, self.export.team_id, self.export.export, again)
+
+    def sieve(self, recorded: Mapping[int, Recorded]) -> Sieve | None:
+        """What lets the rows through that no journal knows; None if the journals do not tell, or know none."""
+        keys = recorded.get(self.intervals[0].position, NOTHING).keys
+        return Sieve(keys) if self._is_known and len(keys) else None
+
+    def may_have_changed(self, tally: Tally) -> bool:
+        """Whether rows of an appended model that are in the table may be others at the source now.
+
+        Args:
+            tally: of all of the interval's rows.
+        """
+        kept = self._past.own_fingerprint
+        is_comparable = bool(kept) and str(kept).split(":", 3)[3:] == [self.export.model.fingerprint_scheme]
+        return is_comparable and not self.export.model.merge and tally.met > 0 and str(tally.met_fingerprint) != kept
+
+
+def replace_changed(loading: Loading, session: Session) -> int:
+    """Read an interval of an appended model once more, and replace the rows of the table that differ from the source's.
+
+    An event is changed by sending it again: in one interval it keeps its identity, and so its place in the journals.
+
+    Returns:
+        How many rows were replaced.
+
+    Raises:
+        DestinationError, SourceError, PassingError: as `Load.copy`; DestinationError also if the role may not update.
+    """
+    with merge.staging_table(session, loading.table) as staging:
+        with loading.export.source.read(loading.intervals, loading.table.column_names) as frames:
+            # What cannot be sent was set aside when it was read first.
+            ingest.copy_frames(
+                session, loading.table, staging, frames, loading.export.on_bad_rows, set_aside=lambda rows: None
+            )
+        _advise_index(session, loading.table, loading.log)
+        return merge.replace_changed(session, loading.table, staging)
 
 
 def may_go_straight_in(export: IntervalFrames, table: DestinationTable) -> bool:
@@ -88,7 +122,7 @@ class Load:
     Attributes:
         loading: what is loaded.
         session: in a transaction.
-        keys: of rows that are there, as `Loading.keys` gives them.
+        recorded: what the journals have, as `Loading.recorded` gives it.
         part: which of the rows.
         tallies: what has become of them so far, by their interval's position.
         seconds: where the time went.
@@ -97,7 +131,7 @@ class Load:
 
     loading: Loading
     session: Session
-    keys: pl.Series | None
+    recorded: Mapping[int, Recorded]
     part: Part = WHOLE
     tallies: dict[int, Tally] = field(init=False)
     seconds: Seconds = field(default_factory=Seconds)
@@ -113,8 +147,13 @@ class Load:
 
     def __post_init__(self) -> None:
         loading = self.loading
-        self.tallies = {interval.position: Tally(interval, loading.export.model) for interval in loading.intervals}
-        self._sieve = None if self.keys is None else Sieve(self.keys)
+        self.tallies = {
+            interval.position: Tally(
+                interval, loading.export.model, recorded=self.recorded.get(interval.position, NOTHING)
+            )
+            for interval in loading.intervals
+        }
+        self._sieve = loading.sieve(self.recorded)
         self._writing = Writing(self.session, loading.table)
 
     @property
@@ -151,7 +190,8 @@ class Load:
             for start, some in by_interval(rows.with_columns(repaired.alias(_REPAIRED))):
                 self.tallies[start].add(some, some[_REPAIRED], loading.table)
                 if not loading.export.model.merge:
-                    record.add(self.tallies[start].interval, some[IDENTITY])
+                    record.add(self.tallies[start].interval, self.tallies[start].new(some[IDENTITY]))
+            record.flush(at_least=journal.PIECE)
             loading.progress.tell(self.dealt_with, self.part.number)
 
         with self._answer:
@@ -160,6 +200,8 @@ class Load:
             frames = self._answer.enter_context(answer)
             self.seconds.source += time.monotonic() - began
             every = unresolved.watch(counted(self._until_stopped(frames), self.tallies))
+            if loading.export.model.merge:
+                every = self._recorded_as_read(every, record)
             copied = ingest.copy_frames(
                 self.session,
                 loading.table,
@@ -220,6 +262,13 @@ class Load:
             yield frame
         if self._is_stopped:
             raise PassingError("The load was stopped, as another part of the interval failed.")
+
+    def _recorded_as_read(self, frames: Iterator[pl.DataFrame], record: Journal) -> Iterator[pl.DataFrame]:
+        """The frames of a merged model, of which the journals keep all states: also those of rows that are set aside."""
+        for frame in frames:
+            for start, rows in by_interval(frame.select(INTERVAL, STATE)):
+                record.add(self.tallies[start].interval, self.tallies[start].new(rows[STATE]))
+            yield frame
 
     def _set_aside(self, rows: list[BadRow]) -> None:
         loading = self.loading

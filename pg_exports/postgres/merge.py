@@ -145,6 +145,57 @@ def merge_intervals(
     }
 
 
+def replace_changed(session: Session, table: DestinationTable, staging: str) -> int:
+    """Replace the destination's rows of an appended model that differ from the staging table's row of their key.
+
+    A key that the destination has more than once is left alone: it stands in several intervals, and which of its rows is
+    this interval's is not known.
+
+    Returns:
+        How many rows were replaced.
+
+    Raises:
+        DestinationError: the role may not update; with the GRANT.
+    """
+    [(role, may_update)] = session.rows(
+        "SELECT current_user::text, has_table_privilege($1::bigint::oid, 'UPDATE')",
+        table.oid,
+        doing="reading privileges",
+    )
+    if not may_update:
+        raise DestinationError(
+            f"Rows of {table.qualified} have changed at the source, and the role {role} may not update them. Run as its "
+            f"owner: GRANT UPDATE ON {table.qualified} TO {quoted(str(role))};"
+        )
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    others = [quoted(name) for name in table.column_names if name not in table.model.key]
+    if not others:
+        return 0
+    [(replaced,)] = session.rows(
+        f"""
+        WITH
+            pairs AS MATERIALIZED (
+                SELECT d.ctid AS place, d.tableoid AS file, s.*,
+                    count(*) OVER (PARTITION BY {", ".join(f"s.{name}" for name in key)}) AS copies,
+                    ({_values(table, "s")}) IS DISTINCT FROM ({_values(table, "d")}) AS has_changed
+                FROM {quoted(table.destination.schema, staging)} AS s
+                JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
+            ),
+            replaced AS (
+                UPDATE {table.qualified} AS d
+                SET {", ".join(f"{name} = p.{name}" for name in others)}
+                FROM pairs AS p
+                WHERE d.ctid = p.place AND d.tableoid = p.file AND p.copies = 1 AND p.has_changed
+                RETURNING 1
+            )
+        SELECT count(*) FROM replaced
+        """,
+        doing=f"replacing rows of {table.qualified} that have changed",
+        patience=MERGE_TIMEOUT,
+    )
+    return int(str(replaced))
+
+
 def check_superseded(session: Session, table: DestinationTable, staging: str, rule: Merge, read_since: str) -> None:
     """Make sure that `merge` left no row out that another run has written since `read_since`.
 
@@ -286,14 +337,14 @@ def _upsert(table: DestinationTable, staging: str, rule: Merge, *, is_empty: boo
 
 def _upsert_intervals(table: DestinationTable, staging: str, rule: Merge, *, is_empty: bool) -> str:
     key = ", ".join(quoted(name) for name in table.model.key)
-    # Intervals that were read one after the other may have a row in several states.
-    order = f"{_version(table, rule, 's')} DESC, {INTERVAL_COLUMN} DESC"
+    # Of a row that stands in several intervals the latest state; of those that were read one after the other, the later.
+    later = "DESC" if table.model.one_interval_a_query else "ASC"
     return f"""
         WITH
             first AS MATERIALIZED (
                 SELECT DISTINCT ON ({key}) *
                 FROM {quoted(table.destination.schema, staging)} AS s
-                ORDER BY {key}, {order if table.model.one_interval_a_query else INTERVAL_COLUMN}
+                ORDER BY {key}, {_version(table, rule, "s")} DESC, {INTERVAL_COLUMN} {later}
             ),
             written AS (
                 {_insert(table, "first", rule, is_empty=is_empty)}

@@ -45,9 +45,9 @@ def load(loading: Loading, session: Session, others: Sequence[Session], record: 
         transactions = [
             (other, rolled_back.enter_context(begun)) for other in others if (begun := _begun(other, loading))
         ]
-        keys = loading.keys(session)
+        recorded = loading.recorded(session)
         sessions = [session, *(other for other, _ in transactions)]
-        parts = [Load(loading, one, keys, Part(number, len(sessions))) for number, one in enumerate(sessions)]
+        parts = [Load(loading, one, recorded, Part(number, len(sessions))) for number, one in enumerate(sessions)]
         _copy_side_by_side(parts)
         if parts[0].is_staged:
             loading.progress.merging()

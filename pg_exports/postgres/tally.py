@@ -10,9 +10,10 @@ import polars as pl
 
 from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import SAMPLE, Counts, Example, Interval
-from pg_exports.models import INTERVAL, STATE, Model
+from pg_exports.models import IDENTITY, INTERVAL, STATE, Model
 from pg_exports.postgres import ledger, types
 from pg_exports.postgres.bad_rows import BadRow
+from pg_exports.postgres.journal import NOTHING, Recorded, among
 from pg_exports.postgres.ledger import Past, Written
 from pg_exports.postgres.merge import Merged
 from pg_exports.postgres.table import DestinationTable
@@ -25,7 +26,10 @@ class Tally:
     Attributes:
         interval, model: whose rows they are.
         at_source: rows that were read, and their `fingerprint`.
-        known: rows that the journals know.
+        known: rows that the journals know, and were not sent.
+        recorded: what the journals have of the interval; `met` of its own hashes were read again, and `met_fingerprint` is
+            that of the rows which any journal has.
+        journaled: hashes that the journals got.
         copied: rows that COPY took; `repaired` of them were; their size as Arrow in `bytes`.
         rejected: rows that were set aside; `examples` has some of them.
         absent: rows of parts that are not in, beside those that are known.
@@ -37,6 +41,10 @@ class Tally:
     model: Model
     at_source: int = 0
     known: int = 0
+    recorded: Recorded = NOTHING
+    met: int = 0
+    met_fingerprint: Fingerprint = field(init=False)
+    journaled: int = 0
     copied: int = 0
     repaired: int = 0
     rejected: int = 0
@@ -48,12 +56,16 @@ class Tally:
     examples: list[Example] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.fingerprint = Fingerprint(scheme=self.model.fingerprint_scheme)
+        self.fingerprint = self.met_fingerprint = Fingerprint(scheme=self.model.fingerprint_scheme)
 
     def read(self, rows: pl.DataFrame) -> None:
         """Rows that came from the source."""
         self.at_source += rows.height
         self.fingerprint += Fingerprint.of(rows[STATE])
+        if len(self.recorded.keys):
+            hashes = rows[self.model.journaled]
+            self.met += int(among(hashes, self.recorded.own).sum())
+            self.met_fingerprint += Fingerprint.of(rows[STATE].filter(among(hashes, self.recorded.keys)))
         if self.model.timestamps:
             # As numbers: Python has no times outside the years 1 to 9999.
             first, last = (rows[name].to_physical() for name in self.model.timestamps)
@@ -73,6 +85,12 @@ class Tally:
         self.copied += rows.height
         self.repaired += int(repaired.sum())
         self.bytes += int(rows.select(table.column_names).estimated_size())
+
+    def new(self, hashes: pl.Series) -> pl.Series:
+        """Those of some rows' hashes that the interval's own journals do not have; they are to be written."""
+        new = hashes.filter(~among(hashes, self.recorded.own)) if len(self.recorded.own) else hashes
+        self.journaled += len(new)
+        return new
 
     def set_aside(self, rows: list[BadRow]) -> None:
         """Rows that were rejected."""
@@ -97,12 +115,11 @@ class Tally:
             rejected=self.rejected,
             missing=missing,
             bytes=self.bytes + (earlier.bytes if earlier else 0),
+            erased=len(self.recorded.own) - self.met if past.is_journaled and not self.model.merge else 0,
         )
-        if self.model.merge:
-            return Written(counts, None, 0)
         # Rows that did not stay must be sent again: then the journals do not count, and the table is asked.
         is_known = missing == self.absent
-        return Written(counts, self.fingerprint, past.keys + self.copied if is_known else ledger.UNKNOWN)
+        return Written(counts, self.fingerprint, past.keys + self.journaled if is_known else ledger.UNKNOWN)
 
 
 def combined(parts: Sequence[Tally], others: Sequence[Tally] = ()) -> Tally:
@@ -111,11 +128,15 @@ def combined(parts: Sequence[Tally], others: Sequence[Tally] = ()) -> Tally:
     for part in (*parts, *others):
         tally.at_source += part.at_source
         tally.known += part.known
+        tally.recorded = part.recorded
+        tally.met += part.met
+        tally.met_fingerprint += part.met_fingerprint
         tally.bounds = _bounds(*(tally.bounds or ()), *(part.bounds or ()))
     for part in parts:
         # Without that of the others, so that the interval is not taken for one that is whole.
         tally.fingerprint += part.fingerprint
         tally.copied += part.copied
+        tally.journaled += part.journaled
         tally.repaired += part.repaired
         tally.rejected += part.rejected
         tally.bytes += part.bytes
@@ -132,7 +153,7 @@ def _bounds(*times: int) -> tuple[int, int] | None:
 def counted(frames: Iterable[pl.DataFrame], tallies: Mapping[int, Tally]) -> Iterator[pl.DataFrame]:
     """The frames, each interval's rows noted on the way."""
     model = next(iter(tallies.values())).model
-    noted = {INTERVAL, STATE, *(model.timestamps or ())}
+    noted = {INTERVAL, STATE, IDENTITY, *(model.timestamps or ())}
     for frame in frames:
         for start, rows in by_interval(frame.select(name for name in frame.columns if name in noted)):
             tallies[start].read(rows)

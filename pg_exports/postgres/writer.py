@@ -20,7 +20,8 @@ from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Secon
 from pg_exports.postgres import ledger, locks, registry, rejected, streams
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.ledger import Past, Written
-from pg_exports.postgres.load import Load, Loading, may_go_straight_in
+from pg_exports.postgres.load import Load, Loading, may_go_straight_in, replace_changed
+from pg_exports.postgres.merge import Merged
 from pg_exports.postgres.progress import Progress
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination, DestinationTable
@@ -171,7 +172,7 @@ def _load(
             loading, session, others, lambda other, in_, out: record(other, written=_written(loading, in_, out))
         )
     else:
-        parts = [Load(loading, session, loading.keys(session))]
+        parts = [Load(loading, session, loading.recorded(session))]
         parts[0].copy()
         if parts[0].is_staged:
             loading.progress.merging()
@@ -181,6 +182,9 @@ def _load(
         outcome.repaired += part.repaired
     for position in parts[0].tallies:
         tally = combined([part.tallies[position] for part in parts])
+        if len(loading.intervals) == 1 and loading.may_have_changed(tally):
+            replaced = replace_changed(loading, session)
+            parts[0].tallies[position].merged += Merged(0, replaced)
         outcome.rejected += tally.examples
         outcome.times[tally.interval] = tally.times
     return _written(loading, parts)

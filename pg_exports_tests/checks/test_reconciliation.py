@@ -59,19 +59,37 @@ def test_the_check_of_a_range_has_the_rows_of_both_sides_and_those_that_were_set
 ) -> None:
     source.insert("events", event(hour - HOUR), event(hour - HOUR), event(hour), event(hour, event="x" * 201))
     export = export_of("events", target, hour)
-    expected = {"rows_at_source": 4, "rows_in_destination": 3, "rows_rejected": 1, "failing_intervals": {}}
+    expected = {
+        "rows_at_source": 4,
+        "rows_written": 3,
+        "rows_unchanged": 0,
+        "rows_rejected": 1,
+        "failing_intervals": {},
+    }
     for _ in range(2):
         done = run(export, partition_key(hour - HOUR), partition_key(hour))
         assert done.error is None
         assert done.reconciliation.passed
         assert done.reconciliation.blocking
-        assert said(done) == expected
+        assert said(done) == {
+            "rows_at_source": 4,
+            "rows_written": written,
+            "rows_unchanged": unchanged,
+            "rows_rejected": 1,
+            "failing_intervals": {},
+        }
 
 
 def test_the_check_of_an_interval_without_rows_passes(target: Target, run: RunExport, hour: datetime) -> None:
     done = run(export_of("events", target, hour), partition_key(hour))
     assert done.reconciliation.passed
-    assert said(done) == {"rows_at_source": 0, "rows_in_destination": 0, "rows_rejected": 0, "failing_intervals": {}}
+    assert said(done) == {
+        "rows_at_source": 0,
+        "rows_written": 0,
+        "rows_unchanged": 0,
+        "rows_rejected": 0,
+        "failing_intervals": {},
+    }
 
 
 def test_rows_that_are_merged_count_as_there_whether_they_are_new_newer_or_the_same(
@@ -87,7 +105,7 @@ def test_rows_that_are_merged_count_as_there_whether_they_are_new_newer_or_the_s
     done = run(export, partition_key(hour))
     assert done.counts == (1, 1, 1)
     assert done.reconciliation.passed
-    assert (said(done)["rows_at_source"], said(done)["rows_in_destination"]) == (3, 3)
+    assert (said(done)["rows_written"], said(done)["rows_unchanged"]) == (2, 1)
 
 
 # What does not stay
@@ -111,7 +129,8 @@ def test_rows_that_a_trigger_swallows_fail_the_run_by_name_and_number_and_come_w
     assert failed.reconciliation.severity is dg.AssetCheckSeverity.ERROR
     assert said(failed) == {
         "rows_at_source": 5,
-        "rows_in_destination": 3,
+        "rows_written": 3,
+        "rows_unchanged": 0,
         "rows_rejected": 0,
         "failing_intervals": {keys[1]: 2},
     }

@@ -77,7 +77,7 @@ def take_pictures(page: Page, deployment: Deployment) -> None:
     picture(page, FOLDER / "plots.png")
     show(page, deployment, "assets/events?view=checks")
     page.get_by_text("reconciliation").first.click()
-    page.get_by_text("rows_in_destination").first.wait_for()
+    page.get_by_text("rows_unchanged").first.wait_for()
     picture(page, FOLDER / "check.png")
     show(page, deployment, "assets/events")
     choose_partitions(page, missing[0], missing[-1])

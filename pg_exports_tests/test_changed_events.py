@@ -1,0 +1,126 @@
+"""Events that were sent again to change them, and events that were erased at the source."""
+
+import uuid
+from datetime import datetime, timedelta
+from typing import Any
+
+import pytest
+
+from pg_exports.sandbox.servers import ROLE
+from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
+from pg_exports_tests.source_rows import HOUR, event, export_of
+
+MINUTE = timedelta(minutes=1)
+
+
+def sent_again(row: dict[str, object], at: datetime, **changes: object) -> dict[str, object]:
+    """The event with its identity, as it comes a second time."""
+    return row | {"inserted_at": at, "_timestamp": at} | changes
+
+
+def plans(target: Target) -> dict[str, str]:
+    return dict(target.rows("SELECT uuid::text, properties->>'plan' FROM events"))
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_an_event_that_was_changed_within_its_interval_after_the_run_lands_changed(
+    source: Source, target: Target, run: RunExport, hour: datetime, streams: int
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    rows = [event(hour, properties='{"plan": "free"}', distinct_id=str(number)) for number in range(30)]
+    source.insert("events", *rows)
+    export = export_of("events", target, hour, streams=streams)
+    assert run(export, partition_key(hour)).counts == (30, 0, 0)
+    source.insert("events", sent_again(rows[3], hour + 2 * MINUTE, properties='{"plan": "pro"}'), event(hour + MINUTE))
+    ran = run(export, partition_key(hour))
+    assert ran.counts == (1, 1, 29)
+    assert ran.reconciliation.passed
+    assert plans(target)[str(rows[3]["uuid"])] == "pro"
+    assert list(plans(target).values()).count("free") == 29
+    assert run(export, partition_key(hour)).counts == (0, 0, 31)
+
+
+def test_a_role_that_may_not_update_is_told_so_when_an_event_has_changed(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    row = event(hour, properties='{"plan": "free"}')
+    source.execute("SYSTEM STOP MERGES events")
+    source.insert("events", row)
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+    target.execute("ALTER TABLE events OWNER TO CURRENT_USER", f"GRANT INSERT, SELECT ON events TO {ROLE}")
+    source.insert("events", sent_again(row, hour + MINUTE, properties='{"plan": "pro"}'))
+    assert f'GRANT UPDATE ON "{target.schema}"."events" TO "{ROLE}"' in (run(export, partition_key(hour)).error or "")
+
+
+def test_of_an_event_in_two_intervals_none_is_replaced_by_the_others_change(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    row = event(hour, properties='{"plan": "a"}')
+    source.insert("events", row)
+    source.insert("events", sent_again(row, hour + HOUR, properties='{"plan": "c"}'))
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour), partition_key(hour + HOUR)).counts == (2, 0, 0)
+    source.insert("events", sent_again(row, hour + MINUTE, properties='{"plan": "b"}'))
+    assert run(export, partition_key(hour)).counts == (0, 0, 1)
+    assert sorted(plan for (plan,) in target.rows("SELECT properties->>'plan' FROM events")) == ["a", "c"]
+
+
+def test_events_that_were_erased_at_the_source_stay_and_are_reported(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    rows = [event(hour) for _ in range(5)]
+    source.insert("events", *rows)
+    export = export_of("events", target, hour)
+    ran = run(export, partition_key(hour))
+    assert ran.metadata[partition_key(hour)]["rows_erased_at_source"] == 0
+    assert ran.checks["erased_rows"].passed
+    names = ", ".join(f"'{row['uuid']}'" for row in rows[:2])
+    source.execute(f"ALTER TABLE events DELETE WHERE uuid IN ({names}) SETTINGS mutations_sync = 1")
+    ran = run(export, partition_key(hour))
+    assert ran.counts == (0, 0, 3)
+    assert ran.metadata[partition_key(hour)]["rows_erased_at_source"] == 2
+    check = ran.checks["erased_rows"]
+    assert not check.passed
+    assert "2 rows that were exported earlier are not in ClickHouse" in (check.description or "")
+    assert target.count("events") == 5
+
+
+# The newer one replaces the older one, in whatever interval
+
+
+REPLACE: dict[str, Any] = {"deduplicate": "replace"}
+
+
+def test_with_replace_the_newest_of_an_event_in_several_intervals_is_there_once(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    rows = [event(hour, properties='{"plan": "free"}', uuid=uuid.uuid4()) for _ in range(3)]
+    source.insert("events", *rows)
+    export = export_of("events", target, hour, **REPLACE)
+    assert run(export, partition_key(hour)).counts == (3, 0, 0)
+    source.insert("events", sent_again(rows[0], hour + HOUR, properties='{"plan": "pro"}'), event(hour + HOUR))
+    assert run(export, partition_key(hour + HOUR)).counts == (1, 1, 0)
+    assert plans(target)[str(rows[0]["uuid"])] == "pro"
+    # The older one does not come back.
+    assert run(export, partition_key(hour)).counts == (0, 0, 3)
+    assert plans(target)[str(rows[0]["uuid"])] == "pro"
+    assert target.count("events") == 4
+    target.execute("TRUNCATE events")
+    assert run(export, partition_key(hour), partition_key(hour + HOUR)).error is None
+    assert plans(target)[str(rows[0]["uuid"])] == "pro"
+    assert target.count("events") == 4
+
+
+def test_with_replace_the_table_is_made_with_its_key_and_the_time_of_insertion(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    export = export_of("events", target, hour, **REPLACE)
+    assert run(export, partition_key(hour)).error is None
+    [(key,)] = target.rows(
+        "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE contype = 'p' AND conrelid = 'events'::regclass"
+    )
+    assert key == "PRIMARY KEY (uuid, event, distinct_id, team_id)"
+    assert target.rows("SELECT count(inserted_at) FROM events") == [(0,)]
