@@ -62,9 +62,8 @@ class OwnModel(BaseModel):
         columns: the Postgres type of each column that is exported, by name; the types are those of an `AddedColumn`.
         key: the columns that identify a row. Of an interval's rows with one key one is exported; without a `version` any.
         version: with it rows are merged: that with the greater version replaces the one that is there, and is the one that
-            an interval exports. Compared in order, with NULL lowest. Without it rows are appended.
-
-            A value in `key` and `version` must be one that the column's type holds exactly, and no NaN: else the run fails.
+            an interval exports. Compared in order, with NULL lowest. Without it rows are appended. A value in `key` or
+            `version` that the column's type cannot hold exactly, or a NaN, ends the run.
         description: what its rows are.
     """
 
