@@ -105,8 +105,10 @@ def value(kind: Kind, column: str, name: str) -> str:
             return _within(date, column, "DateTime64", micros, 10**6, name)
         case Kind.TIMESTAMP:
             # What is missing of a text would be taken from the clock: '5' would be a day of this year.
-            time = f"if({_is_text(column)}, toDateTime64({text}, 6, 'UTC'), toDateTime64({column}, 6, 'UTC'))"
-            is_none = f"{_is_text(column)} AND isNotNull({text}) AND NOT match({text}, '[0-9]{{4}}')"
+            parsed = f"parseDateTime64BestEffortOrNull({text}, 6, 'UTC')"
+            time = f"if({_is_text(column)}, {parsed}, toDateTime64({column}, 6, 'UTC'))"
+            is_none = f"isNotNull({text}) AND (isNull({parsed}) OR NOT match({text}, '[0-9]{{4}}'))"
+            is_none = f"{_is_text(column)} AND {is_none}"
             no_time = "no time with its year, like 2026-11-20 13:00:00"
             time = _checked(time, "toDateTime64(0, 6, 'UTC')", is_none, name, no_time)
             return _within(time, column, "U?Int|Float|Decimal", f"toFloat64({column})", 1, name)

@@ -1,7 +1,8 @@
 """A user's own query as a model: what it may be, and what an export makes of it."""
 
+import math
 import uuid
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import polars as pl
@@ -156,6 +157,169 @@ def test_an_own_models_columns_can_be_changed(source: Source, hour: datetime) ->
         {"name": "a", "distinct_id": "a", "times": 2, "many": True, "upper": "A"}
     ]
     assert fingerprint(source, model, hour) == [(microseconds(hour), Fingerprint.of(frame[STATE]))]
+
+
+# Keys
+
+
+def keyed(source: Source, hour: datetime, type_: str, *expressions: str, key: str = "k") -> list[object]:
+    """The values of a key's column, as an export reads them, of a query with a row for each expression."""
+    rows = " UNION ALL ".join(f"SELECT {expression} AS k" for expression in expressions)
+    query = f"SELECT k, 1 AS n FROM ({rows}) WHERE {{interval_start}} < {{interval_end}}"
+    version = ["k"] if key != "k" else []
+    model = own(query=query, columns={"k": type_, "n": "integer"}, key=[key], version=version).as_model()
+    return frame_of(source, model, hour)["k"].to_list()
+
+
+AT = "2026-11-20 13:00:00"
+IN_BERLIN = "toTimezone(toDateTime('2026-10-25 0{}:30:00', 'UTC'), 'Europe/Berlin')"
+
+
+@pytest.mark.parametrize(
+    ("type_", "expression", "value"),
+    [
+        ("timestamptz", f"toDateTime64('{AT}.1234567', 9, 'UTC')", f"{AT}.123456700"),
+        ("timestamptz", f"'{AT}.1234567Z'", f"{AT}.1234567Z"),
+        ("timestamptz", "1763632800.1234567", "1763632800.1234567"),
+        ("timestamptz", "''", ""),
+        ("timestamp", f"toDateTime64('{AT}.000000001', 9, 'UTC')", f"{AT}.000000001"),
+        ("date", f"toDateTime('{AT}', 'UTC')", AT),
+        ("date", f"'{AT}'", AT),
+        ("date", "toUInt32(1763632800)", "1763632800"),
+        ("bigint", "'007'", "007"),
+        ("bigint", "''", ""),
+        ("double precision", "toUInt64(9007199254740993)", "9007199254740993"),
+        ("double precision", "toDecimal128('0.1000000000000000000001', 30)", "0.1000000000000000000001"),
+        ("double precision", "'0.10'", "0.10"),
+        ("double precision", "nan", "nan"),
+        ("boolean", "'yes'", "yes"),
+        ("char(3)", "'a '", "a "),
+        # The second time that clocks showed this.
+        ("text", IN_BERLIN.format(1), "2026-10-25 02:30:00"),
+    ],
+)
+@pytest.mark.parametrize("constant", ["{}", "materialize({})"])
+def test_a_key_or_version_that_its_type_cannot_hold_is_refused_with_column_value_and_remedy(
+    source: Source, hour: datetime, type_: str, expression: str, value: str, constant: str
+) -> None:
+    for key in ("k", "n"):
+        with pytest.raises(SourceError) as refused:
+            keyed(source, hour, type_, constant.format(expression), key=key)
+        assert f'Column k, by which rows are told apart, holds "{value}", which' in str(refused.value)
+        assert "Give the column another type, or round the value in the query." in str(refused.value)
+        assert "UInt8" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("type_", "expressions", "count"),
+    [
+        ("timestamptz", (f"toDateTime64('{AT}.123456000', 9, 'UTC')", f"toDateTime64('{AT}.123457000', 9, 'UTC')"), 2),
+        ("timestamptz", (IN_BERLIN.format(0), IN_BERLIN.format(1)), 2),
+        ("timestamptz", (f"'{AT}'", f"'{AT}Z'", "'2026-11-20T14:00:00+01:00'"), 1),
+        ("timestamptz", ("toNullable(toDate('2026-11-20'))", "NULL"), 2),
+        ("timestamptz", ("NULL",), 1),
+        ("date", ("toDateTime('2026-11-20 00:00:00', 'UTC')", "toDateTime('2026-11-21 00:00:00', 'UTC')"), 2),
+        ("date", ("'2026-11-20'", "NULL"), 2),
+        ("bigint", ("toDecimal64('1.00', 2)", "toDecimal64('2', 2)"), 2),
+        ("double precision", ("0.1", "0.", "-0."), 2),
+        ("double precision", ("toFloat32(0.1)", "toFloat32(0.2)"), 2),
+        ("boolean", ("true", "false"), 2),
+        ("boolean", ("'true'", "'false'", "'true'"), 2),
+        ("text", ("'a'", "'a '", "'A'", "''", "NULL"), 5),
+        ("text", ("toFixedString('a', 3)", "toFixedString('ab', 3)"), 2),
+        ("uuid", ("'AB000000-0000-4000-8000-000000000000'", "'ab000000-0000-4000-8000-000000000000'"), 1),
+    ],
+)
+def test_keys_are_one_where_they_are_one_value_and_not_otherwise(
+    source: Source, hour: datetime, type_: str, expressions: tuple[str, ...], count: int
+) -> None:
+    assert len(keyed(source, hour, type_, *expressions)) == count
+
+
+def test_a_uuid_in_capitals_is_written_as_postgres_has_it(source: Source, hour: datetime) -> None:
+    assert keyed(source, hour, "uuid", "'AB000000-0000-4000-8000-00000000000C'") == [
+        "ab000000-0000-4000-8000-00000000000c"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("type_", "expression", "said"),
+    [
+        ("date", "'soon'", "no date like 2026-11-20"),
+        ("date", "'2026-13-01'", "no date like 2026-11-20"),
+        ("timestamptz", "'5'", "no time with its year"),
+        ("timestamptz", "'soon, in 2026'", "no time with its year"),
+        ("timestamptz", "'2026-02-31 00:00:00'", "no time with its year"),
+        ("bigint", "'soon'", "no whole number of 64 bits"),
+        ("double precision", "'soon'", "no number"),
+    ],
+)
+@pytest.mark.parametrize("constant", ["{}", "materialize({})"])
+def test_a_value_that_is_none_of_its_type_is_refused_and_not_guessed(
+    source: Source, hour: datetime, type_: str, expression: str, said: str, constant: str
+) -> None:
+    query = f"SELECT {constant.format(expression)} AS v, 1 AS n WHERE {{interval_start}} < {{interval_end}}"
+    model = own(query=query, columns={"v": type_, "n": "integer"}, key=["n"]).as_model()
+    with pytest.raises(SourceError, match=f"Column v holds a value that is {said}"):
+        frame_of(source, model, hour)
+
+
+def test_a_value_that_is_no_key_lands_as_its_nearest(source: Source, hour: datetime) -> None:
+    query = f"""
+        SELECT toDateTime64('{AT}.1234567', 9, 'UTC') AS at, '{AT}' AS day, '' AS nothing, nan AS f, 1 AS n
+        WHERE {{interval_start}} < {{interval_end}}
+    """
+    types = {"at": "timestamptz", "day": "date", "nothing": "timestamptz", "f": "float8", "n": "integer"}
+    frame = frame_of(source, own(query=query, columns=types, key=["n"]).as_model(), hour)
+    [(at, day, nothing, number)] = frame.select("at", "day", "nothing", "f").rows()
+    assert (at, day, nothing) == (datetime(2026, 11, 20, 13, 0, 0, 123456, UTC), date(2026, 11, 20), None)
+    assert math.isnan(number)
+
+
+@pytest.mark.parametrize("version", [[], ["n"]])
+def test_any_change_of_a_row_changes_its_state_and_not_its_identity(
+    source: Source, hour: datetime, version: list[str]
+) -> None:
+    types = {"id": "text", "n": "integer", "t": "text", "f": "float8", "d": "date", "at": "timestamptz", "b": "boolean"}
+    types |= {"j": "jsonb", "l": "text[]"}
+    values = {"n": "1", "t": "NULL", "f": "NULL", "d": "NULL", "at": "NULL", "b": "NULL", "j": "NULL", "l": "['a']"}
+    changes = {
+        "n": ["2"],
+        "t": ["''", "'a'"],
+        "f": ["0", "1"],
+        "d": ["toDate32(0)"],
+        "at": ["toDateTime64(0, 6, 'UTC')"],
+    }
+    changes |= {"b": ["false", "true"], "j": ["'{}'"], "l": ["['a', NULL]", "['NULL']", "[]"]}
+
+    def hashes(changed: dict[str, str]) -> tuple[int, int]:
+        columns = ", ".join(f"{value} AS {name}" for name, value in (values | changed).items())
+        query = f"SELECT 'x' AS id, {columns} WHERE {{interval_start}} < {{interval_end}}"
+        model = own(query=query, columns=types, key=["id"], version=version).as_model()
+        frame = frame_of(source, model, hour)
+        assert fingerprint(source, model, hour) == [(microseconds(hour), Fingerprint.of(frame[STATE]))]
+        [(identity, state)] = frame.select(IDENTITY, STATE).rows()
+        return identity, state
+
+    seen = [hashes({}), *(hashes({name: value}) for name, some in changes.items() for value in some)]
+    assert len({identity for identity, _ in seen}) == 1
+    assert len({state for _, state in seen}) == len(seen)
+
+
+@pytest.mark.parametrize("version", [[], ["v"]])
+def test_different_rows_with_one_key_have_one_fingerprint(source: Source, hour: datetime, version: list[str]) -> None:
+    query = """
+        SELECT number % 1000 AS id, toString(sipHash64(number)) AS t, 1 AS v FROM numbers_mt(200000)
+        WHERE {interval_start} < {interval_end}
+    """
+    types = {"id": "bigint", "t": "text", "v": "bigint"}
+    model = own(query=query, columns=types, key=["id"], version=version).as_model()
+    assert fingerprint(source, model, hour) == fingerprint(source, model, hour)
+    one, other = (frame_of(source, model, hour).sort("id") for _ in range(2))
+    assert one.height == other.height == 1000
+    if version:
+        assert one.equals(other)
+        assert fingerprint(source, model, hour) == [(microseconds(hour), Fingerprint.of(one[STATE]))]
 
 
 # Queries
