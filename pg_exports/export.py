@@ -6,7 +6,7 @@ What is exported is `models/`'s business, when is `partitions`'; how rows are re
 import re
 import warnings
 from collections.abc import Mapping
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Annotated, Any, Literal, Self, cast
 from weakref import WeakKeyDictionary
 
@@ -14,13 +14,14 @@ import dagster as dg
 from dagster.components.core.defs_module import ComponentPath
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from pg_exports import checks, connection_check, late_events, lineage
+from pg_exports import checks, connection_check, late_rows, lineage
 from pg_exports.checks import volume
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.component import SettingsComponent, as_written, read_part
 from pg_exports.connection_check import Setup
 from pg_exports.errors import SettingsError
-from pg_exports.interval import Deduplicate, Interval, IntervalFrames, OnBadRows
+from pg_exports.interval import Deduplicate, IntervalFrames, OnBadRows
+from pg_exports.late_rows import Cursor, Watch
 from pg_exports.models import (
     MERGED_EVENTS,
     MODELS,
@@ -44,6 +45,9 @@ OWNER = "team:pg_exports"
 
 MAX_PARTITIONS_PER_RUN = 720
 """Intervals of a backfill's run where an export does not say."""
+
+MAX_LATE_ROWS_DAYS = 60
+"""Most days for which late rows are looked for."""
 
 MAX_STREAMS = 16
 """Most connections of one export."""
@@ -194,6 +198,11 @@ class PostgresExport(SettingsComponent):
         description="An event that ClickHouse received in two intervals lands in each of them (interval), or once in the "
         "whole table: the one that lands first stays (table), or the newest one replaces it (replace).",
     )
+    late_rows_days: float = Field(
+        default=late_rows.DAYS,
+        description="How many days after its end an interval is looked at for rows that became visible late, and exported "
+        "again if there are any.",
+    )
     max_partitions_per_run: int = Field(
         default=MAX_PARTITIONS_PER_RUN,
         description="A backfill goes in runs of so many intervals at most: workers share them, and one that fails costs no "
@@ -300,6 +309,8 @@ class PostgresExport(SettingsComponent):
             raise ValueError(
                 f"`deduplicate: {self.deduplicate}` is for `model: events`; merged rows are in the table once"
             )
+        if not 0 < self.late_rows_days <= MAX_LATE_ROWS_DAYS:
+            raise ValueError(f"`late_rows_days` must be more than 0 and at most {MAX_LATE_ROWS_DAYS}")
         if self.max_partitions_per_run < 1:
             raise ValueError("`max_partitions_per_run` must be 1 or more")
         if not 1 <= self.streams <= MAX_STREAMS:
@@ -346,8 +357,8 @@ class PostgresExport(SettingsComponent):
         return Destination(self.database, self.destination_schema, table)
 
     def build_defs(self, context: dg.ComponentLoadContext | None) -> dg.Definitions:
-        """The export's asset with its checks, its job and schedule, the job that checks its set-up, and for appended models
-        the sensor that finds late rows.
+        """The export's asset with its checks, its job and schedule, the job that checks its set-up, and the sensor that finds
+        late rows.
 
         The context is not used: None will do.
 
@@ -367,8 +378,8 @@ class PostgresExport(SettingsComponent):
             raise SettingsError(f"Export {self.key}: {error}") from None
         job = dg.define_asset_job(f"{self.key}_job", selection=[asset], description=f"Exports {self.key}.")
         when = schedule(self.key, job, self._grid(), partitions, self.start, paused=self.paused)
-        sensors = [self._late_events_sensor(partitions, job)] if not self.model_with_columns.merge else []
-        return dg.Definitions(assets=[asset], jobs=[job, check], schedules=[when], sensors=sensors)
+        sensor = self._late_rows_sensor(partitions, job)
+        return dg.Definitions(assets=[asset], jobs=[job, check], schedules=[when], sensors=[sensor])
 
     def _asset(self, partitions: dg.TimeWindowPartitionsDefinition) -> dg.AssetsDefinition:
         model = self.model_with_columns
@@ -436,34 +447,39 @@ class PostgresExport(SettingsComponent):
             filters=tuple(self.filters),
         )
 
-    def _late_events_sensor(self, partitions: dg.TimeWindowPartitionsDefinition, job: Any) -> dg.SensorDefinition:
+    def _late_rows_sensor(self, partitions: dg.TimeWindowPartitionsDefinition, job: Any) -> dg.SensorDefinition:
         model = self.model_with_columns
         io_manager = self._io_manager().get("io_manager_key")
+        seconds = late_rows.SECONDS_BETWEEN[self.interval]
 
         @dg.sensor(
-            name=f"{self.key}_late_events",
+            name=f"{self.key}_late_rows",
             job=job,
-            minimum_interval_seconds=late_events.SECONDS_BETWEEN[self.interval],
+            minimum_interval_seconds=seconds,
             default_status=dg.DefaultSensorStatus.STOPPED if self.paused else dg.DefaultSensorStatus.RUNNING,
             required_resource_keys={"clickhouse", *([io_manager] if io_manager else [])},
             description=f"Exports the intervals of {self.key} again that gained rows after they had run.",
         )
-        def find_late_events(context: dg.SensorEvaluationContext) -> list[dg.RunRequest] | dg.SkipReason:
+        def find_late_rows(context: dg.SensorEvaluationContext) -> dg.SensorResult:
             now = datetime.now(UTC)
-            latest = recent(partitions, late_events.INTERVALS, now)
+            latest = recent(partitions, late_rows.AT_LEAST, now, now - timedelta(days=self.late_rows_days))
             if not latest:
-                return dg.SkipReason("No interval is over yet.")
-            span = Interval("", latest[0].start, latest[-1].end)
-            postgres = self._postgres(context.resources)
-            exported = late_events.exported(postgres, self.destination, model, self.key, self.team_id or 0, span)
-            if not exported:
-                return late_events.requests(self.key, latest, exported, {}, now)
-            source = self.source(context.resources.clickhouse, {"sensor": context.sensor_name}, context.log)
-            fingerprints = zip(latest, source.fingerprints(latest), strict=True)
-            at_source = {interval.start: fingerprint for interval, fingerprint in fingerprints}
-            return late_events.requests(self.key, latest, exported, at_source, now)
+                return dg.SensorResult(skip_reason="No interval is over yet.")
+            repository = context.repository_def
+            exports = repository.asset_graph.get_all_asset_keys() if repository else set()
+            watch = Watch(
+                export=self.key,
+                exports=frozenset(key.to_user_string() for key in exports),
+                model=model,
+                team_id=self.team_id or 0,
+                destination=self.destination,
+                postgres=self._postgres(context.resources),
+                source=self.source(context.resources.clickhouse, {"sensor": context.sensor_name}, context.log),
+                between=timedelta(seconds=seconds),
+            )
+            return watch.tick(latest, Cursor.read(context.cursor), context.instance)
 
-        return find_late_events
+        return find_late_rows
 
     def _postgres(self, resources: Any) -> PostgresResource:
         """The connection, among the resources that a job or sensor of the export has."""

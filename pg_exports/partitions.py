@@ -215,12 +215,16 @@ def intervals(
     return tuple(_interval(key, partitions.time_window_for_partition_key(key)) for key in (first, *others))
 
 
-def recent(partitions: dg.TimeWindowPartitionsDefinition, count: int, now: datetime) -> tuple[Interval, ...]:
-    """The latest intervals that are over, in UTC, oldest first."""
+def recent(
+    partitions: dg.TimeWindowPartitionsDefinition, count: int, now: datetime, since: datetime | None = None
+) -> tuple[Interval, ...]:
+    """The latest intervals that are over, in UTC, oldest first: so many, and all those that ended after `since`."""
     found: list[Interval] = []
     with dg.partition_loading_context(effective_dt=now):
         window = partitions.get_last_partition_window()
-    while window is not None and len(found) < count:
+    while window is not None and (
+        len(found) < count or (since is not None and window.end.timestamp() > since.timestamp())
+    ):
         key = partitions.get_partition_key_for_timestamp(window.start.timestamp())
         found.append(_interval(key, window))
         window = partitions.get_prev_partition_window(window.start)

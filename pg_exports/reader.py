@@ -99,21 +99,44 @@ class Reader:
             is_over = True
             answer.close()
 
-    def fingerprints(self, intervals: Sequence[Interval]) -> list[Fingerprint]:
-        """See `Source`."""
-        found: dict[datetime, Fingerprint] = {}
+    def fingerprints(
+        self, intervals: Sequence[Interval], parts: int = 1, *, of_latest: bool = False
+    ) -> list[Fingerprint]:
+        """See `Source`.
+
+        Args:
+            intervals: that follow each other.
+            parts: in so many queries the rows of all of them are asked for.
+            of_latest: of a merged model those rows alone that no later interval has.
+        """
         model = self.export_model
+        found = {interval.start: Fingerprint(scheme=model.fingerprint_scheme) for interval in intervals}
+        query = model.latest_fingerprints if of_latest else model.fingerprints
         for some in self._questions(intervals):
+            for part in map(Part, range(parts), [parts] * parts):
+                rows = self.clickhouse.rows(
+                    query(replace(self._selected(some), part=part)),
+                    log_comment=self._comment(some),
+                    query_id=self._new(some),
+                )
+                for start, count, xor, total in rows:
+                    found[moment(start)] += Fingerprint(count, xor, total, model.fingerprint_scheme)
+        return [found[interval.start] for interval in intervals]
+
+    def states(self, interval: Interval, parts: int = 1) -> Iterator[pl.Series]:
+        """The states (UInt64) of a merged model's rows of an interval that no later interval has, in so many queries.
+
+        Raises:
+            SourceError, PassingError: as `ClickHouseResource.rows`.
+        """
+        for part in map(Part, range(parts), [parts] * parts):
             rows = self.clickhouse.rows(
-                model.fingerprints(self._selected(some)),
-                log_comment=self._comment(some),
-                query_id=self._new(some),
+                self.export_model.latest_states(replace(self._selected([interval]), part=part)),
+                log_comment=self._comment([interval]),
+                query_id=self._new([interval]),
             )
-            found |= {
-                moment(start): Fingerprint(count, xor, total, model.fingerprint_scheme)
-                for start, count, xor, total in rows
-            }
-        return [found.get(interval.start, Fingerprint(scheme=model.fingerprint_scheme)) for interval in intervals]
+            for (states,) in rows:
+                yield pl.Series(states, dtype=pl.UInt64)
 
     def count(self, intervals: Sequence[Interval]) -> int:
         """See `Source`."""

@@ -9,7 +9,7 @@ import pytest
 
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.source_rows import event, export_of, mapping, person
-from pg_exports_tests.test_late_events import asked
+from pg_exports_tests.test_late_rows import asked
 from pg_exports_tests.yaml_exports import Load, refusal, said, yaml
 
 PAID = {"key": "plan", "operator": "exact", "value": ["pro", "team"], "type": "event"}

@@ -11,7 +11,7 @@ from pg_exports import PostgresExport
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.postgres.test_ingest import creation
 from pg_exports_tests.source_rows import HOUR, export_of
-from pg_exports_tests.test_late_events import asked
+from pg_exports_tests.test_late_rows import asked
 from pg_exports_tests.yaml_exports import Load, assets, refusal, said, yaml
 
 ORDERS: dict[str, Any] = {

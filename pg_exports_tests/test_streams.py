@@ -30,7 +30,7 @@ from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition
 from pg_exports_tests.faults import EACH_ROW_ONCE, NOTHING, ROWS, eventually, fill, fill_persons, landed, make_tables
 from pg_exports_tests.source_rows import HOUR, event, export_of, insert_sessions, new_session, session
 from pg_exports_tests.test_concurrency import each_once, holding, waiting
-from pg_exports_tests.test_late_events import asked
+from pg_exports_tests.test_late_rows import asked
 from pg_exports_tests.test_ranges import hour_lock
 
 STREAMS = 3
@@ -396,7 +396,7 @@ def test_a_truncate_that_waits_for_the_first_connection_does_not_hold_up_the_oth
     make_tables(run, target, hour)
     fill(source, hour)
     with ThreadPoolExecutor(2) as threads:
-        with holding(target, "LOCK TABLE pg_exports_ledger IN ACCESS EXCLUSIVE MODE"):
+        with holding(target, "LOCK TABLE pg_exports_keys IN ACCESS EXCLUSIVE MODE"):
             done = threads.submit(run, export_of("events", target, hour, streams=STREAMS), partition_key(hour))
             eventually(lambda: waiting(target) == 1)
             emptied = threads.submit(target.execute, "TRUNCATE events")

@@ -14,7 +14,7 @@ import pytest
 from pg_exports import PostgresExport
 from pg_exports_tests.conftest import RunExport, Source, Target
 from pg_exports_tests.source_rows import HOUR
-from pg_exports_tests.test_late_events import asked
+from pg_exports_tests.test_late_rows import asked
 
 START = datetime(2026, 11, 20, 10, tzinfo=UTC)
 KEY = "2026-11-20-10:00"

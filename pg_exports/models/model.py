@@ -282,6 +282,7 @@ class Model:
             them, as it would if that interval were asked for alone.
         fingerprints: the query of the fingerprint of each interval of a selection: its start in microseconds since 1970,
             rows, XOR and sum of their `STATE`.
+        latest: the query of the rows of a merged model that no later interval has; all that its query gives, by default.
         finish: what is left to do on each frame of the query's answer, which may lack optional columns. It gives the
             model's columns, and what else the frame has, as it is.
         dictionary: a ClickHouse dictionary that `without_dictionary` does without.
@@ -307,6 +308,7 @@ class Model:
     merge: Merge | None
     query: Callable[[Selection], Query]
     fingerprints: Callable[[Selection], Query]
+    latest: Callable[[Selection], Query] | None = None
     finish: Callable[[pl.DataFrame], pl.DataFrame] = _as_it_is
     dictionary: str | None = None
     without_dictionary: "Model | None" = None
@@ -325,6 +327,16 @@ class Model:
     def compared(self) -> tuple[str, ...]:
         """The columns whose values decide which rows are the same, and which is the newer one."""
         return (*self.key, *(self.merge.version if self.merge else ()))
+
+    def latest_fingerprints(self, selection: Selection) -> Query:
+        """The query of the fingerprint of each interval's rows that no later interval has."""
+        rows = (self.latest or self.query)(selection)
+        return Query(fingerprints(rows.sql), rows.parameters)
+
+    def latest_states(self, selection: Selection) -> Query:
+        """The query of the states of these rows, in one array."""
+        rows = (self.latest or self.query)(selection)
+        return Query(f"SELECT groupArray({STATE}) FROM (\n{rows.sql.strip()}\n)", rows.parameters)
 
     @property
     def journaled(self) -> str:

@@ -110,10 +110,30 @@ for _table in ("pdi", "p"):
 _DOCUMENTS: dict[filters.FilterType, str] = {"person": "persons.properties"}
 
 
+# When the latest row of a mapping and of its person came; in the lower half of that row's number.
+_LATEST_AT = (
+    "1000000 * toInt64(bitAnd(bitShiftRight(greatest("
+    "bitAnd(mappings.state, __LOWER__), bitAnd(persons.state, __LOWER__)), 64), 4294967295))"
+).replace("__LOWER__", "toInt256(bitNot(bitShiftLeft(bitNot(toUInt128(0)), 96)))")
+
+_IS_LATEST = f"""interval_start = roundDown({_LATEST_AT}, {{boundaries:Array(Int64)}})
+    AND {_LATEST_AT} < toUnixTimestamp64Micro({{interval_end:DateTime64(6, 'UTC')}})"""
+
+
 def query(selection: Selection) -> Query:
     """Every distinct_id, in its latest state, for each interval in which its mapping or its person has a row."""
+    return _query(selection)
+
+
+def latest(selection: Selection) -> Query:
+    """The same for that interval alone in which the latest row of the two came."""
+    return _query(selection, _IS_LATEST)
+
+
+def _query(selection: Selection, *conditions: str) -> Query:
     on_properties = filters.conditions(selection.filters, _DOCUMENTS)
-    where = "WHERE " + "\n    AND ".join(on_properties.sql) + "\n" if on_properties.sql else ""
+    conditions = (*conditions, *on_properties.sql)
+    where = "WHERE " + "\n    AND ".join(conditions) + "\n" if conditions else ""
     sql = SQL.replace(" __PART__", selection.part.condition("cityHash64(pdi.distinct_id)"))
     return Query(sql + where, selection.parameters | on_properties.parameters)
 
@@ -147,6 +167,7 @@ PERSONS = Model(
     merge=Merge(version=("person_distinct_id_version", "person_version")),
     query=query,
     fingerprints=fingerprints,
+    latest=latest,
     filter_types=tuple(_DOCUMENTS),
     timestamps=("created_at", "created_at"),
     source_tables=("person", "person_distinct_id2"),

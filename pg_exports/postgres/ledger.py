@@ -139,15 +139,20 @@ LEFT JOIN found USING (number)
 ORDER BY number
 """
 
-_COMMITTED = """
+_ENTRIES = """
 SELECT
     (extract(epoch FROM interval_start) * 1000000)::bigint,
     (extract(epoch FROM interval_end) * 1000000)::bigint,
+    export,
     fingerprint,
-    rows_at_source
+    rows_at_source,
+    rows_missing,
+    rows_rejected,
+    run_id
 FROM {ledger}
-WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = $4 AND export = $5
-    AND interval_start >= $6::text::timestamptz AND interval_end <= $7::text::timestamptz
+WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND team_id = ANY($4::text::bigint[])
+    AND interval_start >= $5::text::timestamptz AND interval_start < $6::text::timestamptz
+    AND interval_end <= $6::text::timestamptz
 """
 
 _GAPS = """
@@ -256,35 +261,56 @@ Bounds = tuple[datetime, datetime]
 """Start and end of an interval."""
 
 
-def fingerprints(
-    session: Session, table: DestinationTable, export: str, team_id: int, span: Interval
-) -> dict[Bounds, str]:
-    """The fingerprints of an export's intervals within a span that were committed to the table."""
-    committed = _committed(session, table, export, team_id, span)
-    return {bounds: fingerprint for bounds, (fingerprint, _) in committed.items() if fingerprint}
+@dataclass(frozen=True)
+class Entry:
+    """What the ledger has of an interval of an export.
+
+    Attributes:
+        bounds: start and end.
+        export: its name.
+        fingerprint: of the rows that the run met; empty if an earlier version wrote it without one.
+        rows: how many rows these were.
+        missing: how many of them are not in the table.
+        rejected: how many were set aside.
+        run_id: of the run.
+    """
+
+    bounds: Bounds
+    export: str
+    fingerprint: str
+    rows: int
+    missing: int
+    rejected: int
+    run_id: str
 
 
-def history(session: Session, table: DestinationTable, export: str, team_id: int, span: Interval) -> dict[Bounds, int]:
-    """Rows at the source of an export's intervals within a span that were committed to the table."""
-    return {bounds: rows for bounds, (_, rows) in _committed(session, table, export, team_id, span).items()}
-
-
-def _committed(
-    session: Session, table: DestinationTable, export: str, team_id: int, span: Interval
-) -> dict[Bounds, tuple[str, int]]:
+def entries(session: Session, table: DestinationTable, team_id: int, span: Interval) -> list[Entry]:
+    """The intervals within a span that were committed to the table for a team, by whatever export."""
     rows = session.rows(
-        _COMMITTED.format(ledger=quoted(table.destination.schema, TABLE)),
+        _ENTRIES.format(ledger=quoted(table.destination.schema, TABLE)),
         *table.identity,
-        team_id,
-        export,
+        table.teams(team_id),
         span.start,
         span.end,
         doing="reading the ledger",
     )
-    return {
-        (moment(int(str(start))), moment(int(str(end)))): (str(fingerprint or ""), int(str(count)))
-        for start, end, fingerprint, count in rows
-    }
+    return [
+        Entry(
+            (moment(int(str(start))), moment(int(str(end)))),
+            str(export),
+            str(fingerprint or ""),
+            int(str(at_source)),
+            int(str(missing)),
+            int(str(rejected)),
+            str(run_id),
+        )
+        for start, end, export, fingerprint, at_source, missing, rejected, run_id in rows
+    ]
+
+
+def history(session: Session, table: DestinationTable, export: str, team_id: int, span: Interval) -> dict[Bounds, int]:
+    """Rows at the source of an export's intervals within a span that were committed to the table."""
+    return {entry.bounds: entry.rows for entry in entries(session, table, team_id, span) if entry.export == export}
 
 
 def gaps(session: Session, table: DestinationTable, export: str, team_id: int, since: datetime) -> list[Bounds]:

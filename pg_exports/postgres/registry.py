@@ -11,6 +11,7 @@ the table is counted: rows that came by another way, as by hand or in an attache
 """
 
 import json
+import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -37,48 +38,71 @@ CREATE TABLE IF NOT EXISTS {registry} (
     destination text NOT NULL,
     table_oid bigint NOT NULL,
     table_filenode bigint NOT NULL,
-    model text NOT NULL,
-    team_ids bigint[] NOT NULL,
-    rows_before boolean NOT NULL,
-    place text NOT NULL,
-    oid_now bigint NOT NULL,
+    slot integer NOT NULL,
+    model text,
+    team_ids bigint[],
+    rows_before boolean,
+    place text,
+    oid_now bigint,
+    rows bigint,
     files json NOT NULL,
     samples json NOT NULL,
     known_since timestamptz NOT NULL,
     changed_at timestamptz NOT NULL,
-    PRIMARY KEY (destination, table_oid, table_filenode)
+    PRIMARY KEY (destination, table_oid, table_filenode, slot)
 )
 """
 
+# What a table is stands in slot 0. Runs that write side by side add what they write in one of the other slots each, so that
+# none of them waits for another; the sum of all slots counts.
 _RECORDS = """
 SELECT
-    table_oid, table_filenode, model, array_to_json(team_ids)::text, rows_before, place, oid_now,
-    files::text, samples::text, (extract(epoch FROM known_since) * 1000000)::bigint,
-    EXISTS (SELECT FROM {ledger} WHERE {same})
+    table_oid, table_filenode, slot, model, array_to_json(team_ids)::text, rows_before, place, oid_now, rows, files::text,
+    samples::text, (extract(epoch FROM known_since) * 1000000)::bigint,
+    EXISTS (
+        SELECT FROM {ledger} AS ledger
+        WHERE ledger.destination = registry.destination AND ledger.table_oid = registry.table_oid
+            AND ledger.table_filenode = registry.table_filenode
+    )
 FROM {registry} AS registry
 WHERE destination = $1
-ORDER BY changed_at DESC
-"""
-
-_SAME = """
-    ledger.destination = registry.destination AND ledger.table_oid = registry.table_oid
-    AND ledger.table_filenode = registry.table_filenode
+ORDER BY slot, changed_at DESC
 """
 
 _SAVE = """
 INSERT INTO {registry} (
-    destination, table_oid, table_filenode, model, team_ids, rows_before, place, oid_now, files, samples,
+    destination, table_oid, table_filenode, slot, model, team_ids, rows_before, place, oid_now, rows, files, samples,
     known_since, changed_at
 )
 VALUES (
-    $1, $2, $3, $4, $5::text::bigint[], $6, $7, $8, $9::text::json, $10::text::json, clock_timestamp(), clock_timestamp()
+    $1, $2, $3, 0, $4, $5::text::bigint[], $6, $7, $8, $9, $10::text::json, '[]', clock_timestamp(), clock_timestamp()
 )
-ON CONFLICT (destination, table_oid, table_filenode) DO UPDATE SET
+ON CONFLICT (destination, table_oid, table_filenode, slot) DO UPDATE SET
     model = excluded.model,
     team_ids = excluded.team_ids,
     rows_before = excluded.rows_before,
     place = excluded.place,
     oid_now = excluded.oid_now,
+    rows = excluded.rows,
+    files = excluded.files,
+    changed_at = excluded.changed_at
+"""
+
+_FREE_SLOT = """
+SELECT slot, rows, files::text, samples::text
+FROM {registry}
+WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3 AND slot > 0
+LIMIT 1
+FOR UPDATE SKIP LOCKED
+"""
+
+_ADD = """
+INSERT INTO {registry} (
+    destination, table_oid, table_filenode, slot, rows, files, samples, known_since, changed_at
+)
+VALUES ($1, $2, $3, $4, $5, $6::text::json, $7::text::json, clock_timestamp(), clock_timestamp())
+ON CONFLICT (destination, table_oid, table_filenode, slot) DO UPDATE SET
+    rows = excluded.rows,
     files = excluded.files,
     samples = excluded.samples,
     changed_at = excluded.changed_at
@@ -102,18 +126,16 @@ FROM unnest($1::text::oid[]) AS file
 
 @dataclass(frozen=True)
 class File:
-    """What is known of a table's rows in one file: of a plain table its only one, of a partitioned one a leaf's.
+    """One of the files with a table's rows: of a plain table its only one, of a partitioned one a leaf's.
 
     Attributes:
         filenode: Postgres's number of the file now.
         known_as: the number that the ledger's rows have it by.
-        rows: how many rows it should have; None if that is not known.
-        inserted, deleted: what the statistics should have counted.
+        inserted, deleted: rows that the statistics should have counted if exports alone write to it.
     """
 
     filenode: int
     known_as: int
-    rows: int | None
     inserted: int
     deleted: int
 
@@ -129,10 +151,12 @@ class Record:
         rows_before: it has rows that no export brought.
         place: the cluster and the database.
         oid_now: the table's oid there.
+        rows: how many rows it should have; None if that is not known.
         files: by the oid of the relation.
         samples: the first key column of some rows that were exported, as text.
         known_since: when it was first seen, in microseconds since 1970.
         in_ledger: the ledger has intervals of it.
+        added_rows, added: how much of `rows` and of each file's `inserted` the other slots have.
     """
 
     oid: int
@@ -142,21 +166,18 @@ class Record:
     rows_before: bool
     place: str
     oid_now: int
+    rows: int | None
     files: Mapping[int, File]
     samples: tuple[str, ...] = ()
     known_since: int = 0
     in_ledger: bool = True
+    added_rows: int = 0
+    added: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def is_unknown(self) -> bool:
         """Whether it has rows of which the ledger knows nothing any more."""
         return self.rows != 0 and not self.in_ledger and not self.rows_before
-
-    @property
-    def rows(self) -> int | None:
-        """How many rows the table should have; None if that is not known."""
-        counts = [file.rows for file in self.files.values()]
-        return None if None in counts else sum(count or 0 for count in counts)
 
 
 @dataclass(frozen=True)
@@ -200,11 +221,7 @@ def recognise(session: Session, table: DestinationTable, team_id: int) -> Destin
 def _register(session: Session, table: DestinationTable, team_id: int) -> Record:
     """The record of a table that is new, has changed, or takes the rows of one more team."""
     schemas.wait_to_create(session, f"the registry's entry of {table.qualified}")
-    session.execute(
-        f"SELECT FROM {quoted(table.destination.schema, TABLE)} WHERE destination = $1 FOR UPDATE",
-        table.destination.table,
-        doing="locking the registry of tables",
-    )
+    _lock(session, table)
     records = _records(session, table)
     record = _matching(records, table) or _found(session, table, records) or _new(session, table, records)
     if record.model == table.model.name:
@@ -259,39 +276,20 @@ class Writing:
         Args:
             inserted: rows that are in the table now and were not before.
         """
-        [(files, samples)] = self.session.rows(
-            f"""
-            SELECT files::text, samples::text
-            FROM {quoted(self.table.destination.schema, TABLE)}
-            WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
-            FOR UPDATE
-            """,
-            *self.table.identity,
-            doing="reading the registry of tables",
+        registry = quoted(self.table.destination.schema, TABLE)
+        free = self.session.rows(
+            _FREE_SLOT.format(registry=registry), *self.table.identity, doing="reading the registry of tables"
         )
-        known = _files(str(files))
-        grown = {
-            oid: counters.mine - self._mine.get(oid, 0) for oid, counters in _counters(self.session, self.table).items()
-        }
-        # More than was inserted: some were rolled back to a savepoint, and of which file they were is not to be had.
-        is_exact = len(known) == 1 or sum(grown.values()) == inserted
-        for oid, more in grown.items():
-            if more and oid in known:
-                rows = known[oid].rows
-                exact = inserted if len(known) == 1 else more
-                known[oid] = replace(
-                    known[oid],
-                    inserted=known[oid].inserted + more,
-                    rows=rows + exact if rows is not None and is_exact else None,
-                )
+        slot, rows, files, samples = free[0] if free else (1 + secrets.randbelow(2**31 - 1), 0, "{}", "[]")
+        added = {int(oid): int(count) for oid, count in json.loads(str(files)).items()}
+        for oid, counters in _counters(self.session, self.table).items():
+            added[oid] = added.get(oid, 0) + counters.mine - self._mine.get(oid, 0)
         self.session.execute(
-            f"""
-            UPDATE {quoted(self.table.destination.schema, TABLE)}
-            SET files = $4::text::json, samples = $5::text::json, changed_at = clock_timestamp()
-            WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
-            """,
+            _ADD.format(registry=registry),
             *self.table.identity,
-            _files_json(known),
+            int(str(slot)),
+            int(str(rows)) + inserted,
+            json.dumps({str(oid): count for oid, count in added.items() if count}),
             json.dumps([*json.loads(str(samples)), *self.samples][-SAMPLES:]),
             doing="writing the registry of tables",
         )
@@ -317,17 +315,18 @@ def was_there(row: str) -> str:
 
 def has_changed(session: Session, table: DestinationTable, since: str) -> bool:
     """Whether another transaction has written to the table since a snapshot was taken, and ended."""
-    [(is_there,)] = session.rows(
+    [(has_changed,)] = session.rows(
         f"""
-        SELECT {was_there("r")}
-        FROM {quoted(table.destination.schema, TABLE)} AS r
-        WHERE destination = $2 AND table_oid = $3 AND table_filenode = $4
+        SELECT EXISTS (
+            SELECT FROM {quoted(table.destination.schema, TABLE)} AS r
+            WHERE destination = $2 AND table_oid = $3 AND table_filenode = $4 AND slot > 0 AND NOT {was_there("r")}
+        )
         """,
         since,
         *table.identity,
         doing="reading the registry of tables",
     )
-    return not is_there
+    return bool(has_changed)
 
 
 def find_others(session: Session, table: DestinationTable, *, is_first: bool) -> DestinationTable:
@@ -349,25 +348,21 @@ def find_others(session: Session, table: DestinationTable, *, is_first: bool) ->
         time.sleep(0.05)
     if _stray(session, table) is None:
         return table
-    session.execute(
-        f"""
-        SELECT FROM {quoted(table.destination.schema, TABLE)}
-        WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
-        FOR UPDATE
-        """,
-        *table.identity,
-        doing="locking the registry of tables",
-    )
+    _lock(session, table)
     counted = _counters(session, table)
-    rows, record = _count(session, table, _record(session, table))
-    expected, total, deleted = record.rows, sum(rows.values()), _deleted(record, table, counted)
-    has_others = expected is None or total != expected - deleted
-    files = {
-        oid: File(file.filenode, file.known_as, rows.get(oid, 0), counted[oid].inserted, counted[oid].deleted)
-        for oid, file in record.files.items()
-        if oid in counted
-    }
-    found = replace(record, files=files, rows_before=record.rows_before or has_others)
+    rows, record = _count(session, table)
+    deleted = _deleted(record, table, counted)
+    has_others = record.rows is None or rows != record.rows - deleted
+    found = replace(
+        record,
+        rows=rows,
+        files={
+            oid: File(file.filenode, file.known_as, counted[oid].inserted, counted[oid].deleted)
+            for oid, file in record.files.items()
+            if oid in counted
+        },
+        rows_before=record.rows_before or has_others,
+    )
     _save(session, table, found)
     return _with(table, found)
 
@@ -411,31 +406,58 @@ def _with(table: DestinationTable, record: Record) -> DestinationTable:
 
 def _records(session: Session, table: DestinationTable) -> list[Record]:
     """What the registry has of the destination, what was written last first."""
+    schema = table.destination.schema
     rows = session.rows(
-        _RECORDS.format(
-            registry=quoted(table.destination.schema, TABLE),
-            ledger=f"{quoted(table.destination.schema, ledger.TABLE)} AS ledger",
-            same=_SAME,
-        ),
+        _RECORDS.format(registry=quoted(schema, TABLE), ledger=quoted(schema, ledger.TABLE)),
         table.destination.table,
         doing="reading the registry of tables",
     )
-    return [
-        Record(
-            int(str(oid)),
-            int(str(filenode)),
-            str(model),
-            tuple(json.loads(str(team_ids))),
-            bool(rows_before),
-            str(place),
-            int(str(oid_now)),
-            _files(str(files)),
-            tuple(json.loads(str(samples))),
-            int(str(known_since)),
-            bool(in_ledger),
-        )
-        for oid, filenode, model, team_ids, rows_before, place, oid_now, files, samples, known_since, in_ledger in rows
-    ]
+    return _summed(rows)
+
+
+def _summed(rows: Sequence[tuple[object, ...]]) -> list[Record]:
+    """The tables that the rows of `_RECORDS` tell of."""
+    records: dict[tuple[int, int], Record] = {}
+    for oid, filenode, slot, model, teams, rows_before, place, oid_now, count, files, samples, since, in_ledger in rows:
+        numbers = int(str(oid)), int(str(filenode))
+        if slot == 0:
+            records[numbers] = Record(
+                *numbers,
+                str(model),
+                tuple(json.loads(str(teams))),
+                bool(rows_before),
+                str(place),
+                int(str(oid_now)),
+                None if count is None else int(str(count)),
+                {int(file): File(**known) for file, known in json.loads(str(files)).items()},
+                known_since=int(str(since)),
+                in_ledger=bool(in_ledger),
+            )
+        elif numbers in records:
+            added = {int(file): int(more) for file, more in json.loads(str(files)).items()}
+            records[numbers] = _plus(records[numbers], int(str(count)), added, json.loads(str(samples)))
+    return list(records.values())
+
+
+def _plus(record: Record, rows: int, added: Mapping[int, int], samples: Sequence[str]) -> Record:
+    """The record with what another slot has."""
+    return replace(
+        record,
+        rows=None if record.rows is None else record.rows + rows,
+        files={oid: replace(file, inserted=file.inserted + added.get(oid, 0)) for oid, file in record.files.items()},
+        samples=(*record.samples, *samples),
+        added_rows=record.added_rows + rows,
+        added={oid: record.added.get(oid, 0) + added.get(oid, 0) for oid in record.added.keys() | added.keys()},
+    )
+
+
+def _lock(session: Session, table: DestinationTable) -> None:
+    """Until the transaction ends, be the only one that says what the destination is."""
+    session.execute(
+        f"SELECT FROM {quoted(table.destination.schema, TABLE)} WHERE destination = $1 AND slot = 0 FOR UPDATE",
+        table.destination.table,
+        doing="locking the registry of tables",
+    )
 
 
 def _record(session: Session, table: DestinationTable) -> Record:
@@ -443,6 +465,10 @@ def _record(session: Session, table: DestinationTable) -> Record:
 
 
 def _save(session: Session, table: DestinationTable, record: Record) -> None:
+    files = {
+        str(oid): asdict(replace(file, inserted=file.inserted - record.added.get(oid, 0)))
+        for oid, file in record.files.items()
+    }
     session.execute(
         _SAVE.format(registry=quoted(table.destination.schema, TABLE)),
         table.destination.table,
@@ -453,18 +479,10 @@ def _save(session: Session, table: DestinationTable, record: Record) -> None:
         record.rows_before,
         record.place,
         record.oid_now,
-        _files_json(record.files),
-        json.dumps(record.samples),
+        None if record.rows is None else record.rows - record.added_rows,
+        json.dumps(files),
         doing="writing the registry of tables",
     )
-
-
-def _files(text: str) -> dict[int, File]:
-    return {int(oid): File(**file) for oid, file in json.loads(text).items()}
-
-
-def _files_json(files: Mapping[int, File]) -> str:
-    return json.dumps({str(oid): asdict(file) for oid, file in files.items()})
 
 
 def _counters(session: Session, table: DestinationTable) -> dict[int, _Counters]:
@@ -480,28 +498,26 @@ def _sampled_column(model: Model) -> str | None:
     return model.key[0] if not model.merge and kinds[model.key[0]] in (Kind.TEXT, Kind.INTEGER) else None
 
 
-def _count(session: Session, table: DestinationTable, record: Record) -> tuple[dict[int, int], Record]:
-    """The rows of each of the table's files, and what the registry says at the same moment."""
-    counted = session.rows(
-        f"""
-        SELECT files, (
-            SELECT json_object_agg(file, rows)::text
-            FROM (SELECT tableoid::bigint AS file, count(*) AS rows FROM {table.qualified} GROUP BY tableoid) AS counted
-        )
-        FROM {quoted(table.destination.schema, TABLE)}
-        WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
-        """,
+def _count(session: Session, table: DestinationTable) -> tuple[int, Record]:
+    """The rows of the table, and what the registry says of it at the same moment."""
+    schema = table.destination.schema
+    records = _RECORDS.format(registry=quoted(schema, TABLE), ledger=quoted(schema, ledger.TABLE))
+    answer = session.rows(
+        f"SELECT r.*, (SELECT count(*) FROM {table.qualified}) FROM ({records}) AS r",
         table.destination.table,
-        record.oid,
-        record.filenode,
         doing=f"counting {table.qualified}, which has changed",
         patience=MERGE_TIMEOUT,
     )
-    [(files, rows)] = counted
-    return (
-        {int(oid): int(count) for oid, count in json.loads(str(rows or "{}")).items()},
-        replace(record, files=_files(str(files))),
-    )
+    record = next(one for one in _summed([row[:-1] for row in answer]) if (one.oid, one.filenode) == table.identity[1:])
+    return int(str(answer[0][-1])), record
+
+
+def _rows(session: Session, table: DestinationTable, files: Sequence[int] = ()) -> int:
+    """How many rows the table has, or some of its partitions."""
+    where = f" WHERE tableoid::bigint IN ({', '.join(map(str, files))})" if files else ""
+    sql = f"SELECT count(*) FROM {table.qualified}{where}"
+    [(rows,)] = session.rows(sql, doing=f"counting {table.qualified}", patience=MERGE_TIMEOUT)
+    return int(str(rows))
 
 
 def _found(session: Session, table: DestinationTable, records: Sequence[Record]) -> Record | None:
@@ -519,22 +535,30 @@ def _found(session: Session, table: DestinationTable, records: Sequence[Record])
         return None
     if table.model.merge and _is_at(candidate, table) and table.filenode is not None:
         # A merge compares every row with the table: nothing depends on what the ledger says.
-        return _renewed(candidate, table, counters)
-    changed = [oid for oid, filenode in table.files.items() if _filenodes(candidate).get(oid) != filenode]
-    gone = candidate.files.keys() - table.files.keys()
-    if table.filenode is None and _is_at(candidate, table) and not any(counters[oid].size for oid in changed):
-        # New partitions without rows, partitions that have gone, and such as were truncated.
-        return _renewed(candidate, table, counters, emptied=changed)
+        return _renewed(candidate, table, counters, candidate.rows)
+    known = _filenodes(candidate)
+    changed = [oid for oid, filenode in table.files.items() if known.get(oid) != filenode]
+    emptied = [oid for oid in changed if not counters[oid].size]
+    gone = [oid for oid in known if oid not in table.files]
+    if emptied == changed and table.filenode is None and not (gone or any(oid in known for oid in changed)):
+        # New partitions without rows. What the statistics should have counted of the others stays.
+        renewed = _renewed(candidate, table, counters, candidate.rows, emptied)
+        return replace(renewed, files={**renewed.files, **candidate.files})
     rows = _rows(session, table)
-    if not sum(rows.values()):
-        return None
+    deleted = _deleted(candidate, table, counters)
+    is_whole = candidate.rows is not None and rows > 0 and rows == candidate.rows - deleted
     if table.filenode is not None:
-        [expected] = [file.rows for file in candidate.files.values()]
-        deleted = _deleted(candidate, table, counters)
-        if expected is None or rows.get(table.oid, 0) != expected - deleted:
-            return None
-        return _renewed(candidate, table, counters) if _has_samples(session, table, candidate) else None
-    return _repartitioned(candidate, table, counters, rows, gone)
+        is_same = is_whole and _has_samples(session, table, candidate)
+        return _renewed(candidate, table, counters, rows) if is_same else None
+    if emptied == changed:
+        # Partitions that have gone or were truncated took their rows along; the others' are all there.
+        others = any(counters[oid].inserted > file.inserted for oid, file in candidate.files.items() if oid in counters)
+    else:
+        # Rows may have moved into a new partition, or a partition was rewritten. If not, they came by another way.
+        others = not is_whole and not (rows == candidate.rows and deleted == _rows(session, table, changed))
+        emptied = changed if others else emptied
+    renewed = _renewed(candidate, table, counters, rows, emptied)
+    return replace(renewed, rows_before=renewed.rows_before or (others and not table.model.merge))
 
 
 def _deleted(candidate: Record, table: DestinationTable, counters: Mapping[int, _Counters]) -> int:
@@ -546,56 +570,23 @@ def _deleted(candidate: Record, table: DestinationTable, counters: Mapping[int, 
     )
 
 
-def _repartitioned(
+def _renewed(
     candidate: Record,
     table: DestinationTable,
     counters: Mapping[int, _Counters],
-    rows: Mapping[int, int],
-    gone: Collection[int],
+    rows: int | None,
+    others: Collection[int] = (),
 ) -> Record:
-    """The record of a partitioned table of which a partition with rows is new, or has another file."""
-    expected = {oid: file.rows for oid, file in candidate.files.items() if oid not in gone}
-    total = sum(rows.values())
-    is_moved = None not in expected.values() and total == sum(count or 0 for count in expected.values())
-    others = not is_moved
+    """The record with so many rows and the table's files as they are now, some of which are others than they were."""
     files = {}
     for oid, filenode in table.files.items():
         file = candidate.files.get(oid)
-        there = rows.get(oid, 0)
-        is_same = file is not None and (file.filenode == filenode or (bool(there) and file.rows == there))
-        files[oid] = File(
-            filenode,
-            file.known_as if file and is_same else filenode,
-            there,
-            counters[oid].inserted,
-            counters[oid].deleted,
-        )
-    return replace(
-        candidate,
-        place=table.place,
-        oid_now=table.oid,
-        files=files,
-        rows_before=candidate.rows_before or (others and not table.model.merge),
-    )
-
-
-def _renewed(
-    candidate: Record, table: DestinationTable, counters: Mapping[int, _Counters], emptied: Collection[int] = ()
-) -> Record:
-    """The record with the table's files as they are now; those in `emptied` are others, and have no rows yet."""
-    files = {}
-    [*known] = candidate.files.values()
-    for oid, filenode in table.files.items():
-        file = candidate.files.get(oid) or (known[0] if table.filenode is not None and len(known) == 1 else None)
-        is_other = file is None or oid in emptied
-        files[oid] = File(
-            filenode,
-            filenode if is_other or file is None else file.known_as,
-            0 if is_other or file is None else file.rows,
-            counters[oid].inserted,
-            counters[oid].deleted,
-        )
-    return replace(candidate, place=table.place, oid_now=table.oid, files=files)
+        if file is None and table.filenode is not None:
+            [file] = candidate.files.values()
+        known_as = filenode if file is None or oid in others else file.known_as
+        files[oid] = File(filenode, known_as, counters[oid].inserted, counters[oid].deleted)
+    # What other slots have added of other files does not count in these.
+    return replace(candidate, place=table.place, oid_now=table.oid, rows=rows, files=files)
 
 
 def _has_samples(session: Session, table: DestinationTable, record: Record) -> bool:
@@ -629,12 +620,10 @@ def _legacy(session: Session, table: DestinationTable, records: Sequence[Record]
     if not intervals or (inserted and not any(one.size for one in counters.values())):
         return None
     rows = int(str(known)) if is_exact and not rows_before and table.filenode is not None else None
-    files = {
-        file: File(number, number, None if table.model.merge else rows, counters[file].inserted, counters[file].deleted)
-        for file, number in table.files.items()
-    }
+    rows = None if table.model.merge else rows
     teams = tuple(json.loads(str(team_ids)))
-    return Record(oid, filenode, table.model.name, teams, bool(rows_before), table.place, table.oid, files)
+    files = _files(table, counters)
+    return Record(oid, filenode, table.model.name, teams, bool(rows_before), table.place, table.oid, rows, files)
 
 
 def _new(session: Session, table: DestinationTable, records: Sequence[Record]) -> Record:
@@ -661,19 +650,14 @@ def _new(session: Session, table: DestinationTable, records: Sequence[Record]) -
         # A table elsewhere had the same numbers, or this one had rows that are gone: below all that there are.
         filenode = min([0, int(str(least or 0)), *numbers]) - 1
     counters = _counters(session, table)
-    rows = _rows(session, table) if has_rows else {}
-    files = {
-        file: File(number, number, rows.get(file, 0), counters[file].inserted, counters[file].deleted)
-        for file, number in table.files.items()
+    rows = _rows(session, table) if has_rows else 0
+    files = _files(table, counters)
+    return Record(oid, filenode, table.model.name, (), bool(has_rows), table.place, table.oid, rows, files)
+
+
+def _files(table: DestinationTable, counters: Mapping[int, _Counters]) -> dict[int, File]:
+    """The files of a table that is new to the registry."""
+    return {
+        oid: File(filenode, filenode, counters[oid].inserted, counters[oid].deleted)
+        for oid, filenode in table.files.items()
     }
-    return Record(oid, filenode, table.model.name, (), bool(has_rows), table.place, table.oid, files)
-
-
-def _rows(session: Session, table: DestinationTable) -> dict[int, int]:
-    """The rows of each of the table's files."""
-    rows = session.rows(
-        f"SELECT tableoid::bigint, count(*) FROM {table.qualified} GROUP BY tableoid",
-        doing=f"counting {table.qualified}",
-        patience=MERGE_TIMEOUT,
-    )
-    return {int(str(oid)): int(str(count)) for oid, count in rows}

@@ -59,14 +59,7 @@ def test_the_check_of_a_range_has_the_rows_of_both_sides_and_those_that_were_set
 ) -> None:
     source.insert("events", event(hour - HOUR), event(hour - HOUR), event(hour), event(hour, event="x" * 201))
     export = export_of("events", target, hour)
-    expected = {
-        "rows_at_source": 4,
-        "rows_written": 3,
-        "rows_unchanged": 0,
-        "rows_rejected": 1,
-        "failing_intervals": {},
-    }
-    for _ in range(2):
+    for written, unchanged in ((3, 0), (0, 3)):
         done = run(export, partition_key(hour - HOUR), partition_key(hour))
         assert done.error is None
         assert done.reconciliation.passed

@@ -14,7 +14,7 @@ from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition
 from pg_exports_tests.source_rows import HOUR, event, export_of, mapping, person
 
 
-def test_a_rerun_adds_only_the_late_events(source: Source, target: Target, run: RunExport, hour: datetime) -> None:
+def test_a_rerun_adds_only_the_late_rows(source: Source, target: Target, run: RunExport, hour: datetime) -> None:
     source.insert("events", event(hour), event(hour))
     export = export_of("events", target, hour)
     assert run(export, partition_key(hour)).counts == (2, 0, 0)

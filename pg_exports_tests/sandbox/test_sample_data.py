@@ -313,7 +313,7 @@ def test_some_sessions_grow_in_a_later_hour(engine: Engine) -> None:
     assert engine.number(f"SELECT countIf(hours > 1) FROM {sessions()}") > 0
 
 
-def test_some_late_events_change_a_session_without_moving_its_end(engine: Engine) -> None:
+def test_some_late_rows_change_a_session_without_moving_its_end(engine: Engine) -> None:
     count = engine.number("""
         SELECT countIf(newest.ended < last_end AND NOT hasAll(earlier_urls, newest.urls))
         FROM (

@@ -26,7 +26,7 @@ def look(export: PostgresExport, source: Source, target: Target) -> Any:
     }
     defs = dg.Definitions.merge(export.build_defs(None), dg.Definitions(resources=resources))
     repository = defs.get_repository_def()
-    sensor = repository.get_sensor_def(f"{export.key}_late_events")
+    sensor = repository.get_sensor_def(f"{export.key}_late_rows")
     declared = {key: resource for key, resource in resources.items() if key in sensor.required_resource_keys}
     with (
         dg.DagsterInstance.ephemeral() as instance,
@@ -142,7 +142,7 @@ def test_the_sensor_of_an_inline_connection_looks_where_the_export_writes(
     assert asked(export, source, target) == [partition_key(hour)]
 
 
-def test_days_and_five_minutes_have_their_own_late_events(
+def test_days_and_five_minutes_have_their_own_late_rows(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:
     settings = {"interval": "day", "timezone": "Asia/Kolkata", "offset_hour": 5}
