@@ -156,11 +156,11 @@ class Watch:
         now = datetime.now(UTC)
         cursor = cursor.of({interval.partition_key for interval in latest})
         exported = self._exported(Interval("", latest[0].start, latest[-1].end))
-        if exported.table is None or not exported.entries:
-            none = "None of the latest intervals has been exported to the table that is there now."
-            return dg.SensorResult(skip_reason=none, cursor=str(cursor))
         late = self._lost(latest, exported, instance)
         known = [interval for interval in latest if _bounds(interval) in exported.entries]
+        if not (known or late):
+            none = "None of the latest intervals has been exported to the table that is there now."
+            return dg.SensorResult(skip_reason=none, cursor=str(cursor))
         looked = 0
         for some in _in_turn(known, exported.entries, cursor.last):
             if looked and datetime.now(UTC) - now > timedelta(seconds=SECONDS_A_TICK):
@@ -197,9 +197,8 @@ class Watch:
         self, latest: Sequence[Interval], exported: Exported, instance: dg.DagsterInstance
     ) -> dict[Interval, str]:
         """The intervals that Dagster has shown as materialised since the table is known, and that the ledger has not."""
-        assert exported.table
         lacking = {interval.partition_key: interval for interval in latest if _bounds(interval) not in exported.entries}
-        if not lacking or not exported.table.in_ledger:
+        if not lacking or exported.table is None or not exported.table.in_ledger:
             return {}
         records = instance.fetch_materializations(
             dg.AssetRecordsFilter(
