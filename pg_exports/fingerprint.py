@@ -35,6 +35,10 @@ class Fingerprint:
         total = (self.sum + other.sum) % 2**64
         return Fingerprint(self.rows + other.rows, self.xor ^ other.xor, total, self.scheme or other.scheme)
 
+    def __sub__(self, other: "Fingerprint") -> "Fingerprint":
+        """Without rows that are among its own."""
+        return Fingerprint(self.rows - other.rows, self.xor ^ other.xor, (self.sum - other.sum) % 2**64, self.scheme)
+
     def may_be(self, kept: str) -> bool:
         """Whether one that the ledger keeps may be of the same rows. One of another scheme tells their number alone."""
         rows, _, _, scheme = (*kept.split(":", 3), "")[:4]

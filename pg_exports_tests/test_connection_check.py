@@ -106,7 +106,7 @@ def test_a_set_up_that_is_right_passes_each_step_and_nothing_is_written(
     assert f"PostgreSQL {postgres}, database {DATABASE}, as {ROLE}." in saying(steps, "passed", "Postgres, login")
     assert f'"{target.schema}"."{model}" is not there yet' in saying(steps, "passed", "Table")
     assert [step.text.split(" is not there yet")[0] for step in steps if step.name == "Ledger"] == [
-        f'"{target.schema}"."pg_exports_{name}"' for name in ("ledger", "keys", "rejected")
+        f'"{target.schema}"."pg_exports_{name}"' for name in ("ledger", "keys", "rejected", "tables")
     ]
     assert "a client cannot see" in saying(steps, "note", "Disk")
     assert relations(target) == []
@@ -133,7 +133,7 @@ def test_after_a_run_the_tables_are_there(check: Check, run: RunExport, target: 
     assert f'ALTER TABLE "{target.schema}"."persons" ADD COLUMN "is_deleted" BOOLEAN;' in saying(steps, "note", "Table")
     assert [step.text.partition(" is there")[2] for step in steps if step.name == "Ledger"] == [
         ", and the role may write it."
-    ] * 3
+    ] * 4
     assert {step.status for step in steps} == {"passed", "note"}
     assert relations(target) == before
 

@@ -190,7 +190,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"columns": {"plan": 5}}, "plan: must be false, true, a name, or an expression"),
     ({"model": "groups"}, "`model`: Input should be 'events', 'persons' or 'sessions'"),
     ({"on_bad_rows": "ignore"}, "`on_bad_rows`: Input should be 'repair', 'reject' or 'fail'"),
-    ({"deduplicate": True}, "`deduplicate`: Input should be 'interval' or 'table'"),
+    ({"deduplicate": True}, "`deduplicate`: Input should be 'interval', 'table' or 'replace'"),
     ({"model": "persons", "deduplicate": "table"}, "`deduplicate: table` is for `model: events`"),
     ({"team_id": "seven"}, "`team_id`: Input should be a valid integer"),
     ({"team_id": 1.5}, "`team_id"),

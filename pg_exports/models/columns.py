@@ -155,8 +155,7 @@ def exact_value(type_: str, column: str, name: str) -> str:
     is_lost = {
         Kind.TEXT: f"{is_time} AND CAST(toString({column}), {time_or_text}) != CAST({column}, {time_or_text})",
         Kind.INTEGER: f"toString({result}) != {text}",
-        Kind.FLOAT: f"isNaN({result})"
-        f" OR (NOT startsWith({_PLAIN_TYPE.format(column)}, 'Float') AND toString({result}) != {text})",
+        Kind.FLOAT: f"NOT startsWith({_PLAIN_TYPE.format(column)}, 'Float') AND toString({result}) != {text}",
         Kind.BOOLEAN: f"{_is_text(column)} AND {text} NOT IN ('true', 'false')",
         Kind.DATE: f"if({_is_text(column)}, toString({result}) != {text}, {back} != {column})",
         # Of a text the digits past microseconds are seen; it cannot be held against the time's own text.

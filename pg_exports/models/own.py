@@ -63,7 +63,7 @@ class OwnModel(BaseModel):
         key: the columns that identify a row. Of an interval's rows with one key one is exported; without a `version` any.
         version: with it rows are merged: that with the greater version replaces the one that is there, and is the one that
             an interval exports. Compared in order, with NULL lowest. Without it rows are appended. A value in `key` or
-            `version` that the column's type cannot hold exactly, or a NaN, ends the run.
+            `version` that the column's type cannot hold exactly ends the run.
         description: what its rows are.
     """
 

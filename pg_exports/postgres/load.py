@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from pg_exports.errors import PassingError
+from pg_exports.fingerprint import Fingerprint
 from pg_exports.interval import Interval, IntervalFrames, Seconds
 from pg_exports.models import IDENTITY, INTERVAL, STATE, Part
 from pg_exports.models.model import WHOLE
@@ -86,7 +87,10 @@ class Loading:
         """
         kept = self._past.own_fingerprint
         is_comparable = bool(kept) and str(kept).split(":", 3)[3:] == [self.export.model.fingerprint_scheme]
-        return is_comparable and not self.export.model.merge and tally.met > 0 and str(tally.met_fingerprint) != kept
+        # Without those that landed now, the rows are the ones that the run before met, if none of them has changed; it
+        # rejected some of them, which may land now.
+        met = tally.fingerprint - tally.landed
+        return is_comparable and not self.export.model.merge and kept not in (str(met), str(met + tally.unrejected))
 
 
 def replace_changed(loading: Loading, session: Session) -> int:
@@ -242,6 +246,8 @@ class Load:
             merge.check_superseded(self.session, loading.table, self._staging, rule, self._read_since)
         self._staged.close()
         if self._unresolved:
+            for tally in self.tallies.values():
+                tally.unrejected = Fingerprint.of(pl.Series(self._unresolved.states, dtype=pl.UInt64))
             # Of an interval that lacks rows nobody knows which.
             self._unresolved.resolve(tally.interval for tally in self.tallies.values() if not tally.merged.missing)
         self._writing.end(sum(tally.merged.inserted for tally in self.tallies.values()))

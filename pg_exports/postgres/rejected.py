@@ -11,7 +11,7 @@ from typing import TypeVar
 import polars as pl
 
 from pg_exports.interval import Interval
-from pg_exports.models import INTERVAL
+from pg_exports.models import INTERVAL, STATE
 from pg_exports.postgres import bad_rows, schemas
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.identifiers import quoted
@@ -106,6 +106,8 @@ class Unresolved:
         self._by_position = {interval.position: interval for interval in self._entries}
         self._met: dict[Interval, set[str]] = {interval: set() for interval in self._entries}
         self._rejected: dict[Interval, set[str]] = {interval: set() for interval in self._entries}
+        self.states: list[int] = []
+        """The states of the rows that were met."""
 
     @property
     def intervals(self) -> Collection[Interval]:
@@ -119,9 +121,9 @@ class Unresolved:
             return
         for frame in frames:
             keys = bad_rows.keys(frame, self._model)
-            for position, key in zip(frame[INTERVAL], keys, strict=True):
-                if interval := self._by_position.get(position):
-                    self._note(self._met, interval, key)
+            for position, key, state in zip(frame[INTERVAL], keys, frame[STATE], strict=True):
+                if (interval := self._by_position.get(position)) and self._note(self._met, interval, key):
+                    self.states.append(state)
             yield frame
 
     def reject(self, interval: Interval, rows: Iterable[BadRow]) -> None:
@@ -144,10 +146,13 @@ class Unresolved:
                     doing="resolving rejected rows",
                 )
 
-    def _note(self, where: dict[Interval, set[str]], interval: Interval, key: str) -> None:
+    def _note(self, where: dict[Interval, set[str]], interval: Interval, key: str) -> bool:
+        """Whether the interval has an entry of this key, which is noted."""
         hashed = md5(key.encode(), usedforsecurity=False).hexdigest()
-        if hashed in self._entries.get(interval, ()):
+        is_entry = hashed in self._entries.get(interval, ())
+        if is_entry:
             where[interval].add(hashed)
+        return is_entry
 
 
 def keep(

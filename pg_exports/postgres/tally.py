@@ -27,8 +27,9 @@ class Tally:
         interval, model: whose rows they are.
         at_source: rows that were read, and their `fingerprint`.
         known: rows that the journals know, and were not sent.
-        recorded: what the journals have of the interval; `met` of its own hashes were read again, and `met_fingerprint` is
-            that of the rows which any journal has.
+        recorded: what the journals have of the interval; `met` of its own hashes were read again.
+        landed: the fingerprint of rows that COPY took and the interval's own journals do not have.
+        unrejected: the fingerprint of those that an earlier run has rejected, of an interval that is loaded alone.
         journaled: hashes that the journals got.
         copied: rows that COPY took; `repaired` of them were; their size as Arrow in `bytes`.
         rejected: rows that were set aside; `examples` has some of them.
@@ -43,7 +44,8 @@ class Tally:
     known: int = 0
     recorded: Recorded = NOTHING
     met: int = 0
-    met_fingerprint: Fingerprint = field(init=False)
+    landed: Fingerprint = field(init=False)
+    unrejected: Fingerprint = field(default_factory=Fingerprint)
     journaled: int = 0
     copied: int = 0
     repaired: int = 0
@@ -56,16 +58,14 @@ class Tally:
     examples: list[Example] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.fingerprint = self.met_fingerprint = Fingerprint(scheme=self.model.fingerprint_scheme)
+        self.fingerprint = self.landed = Fingerprint(scheme=self.model.fingerprint_scheme)
 
     def read(self, rows: pl.DataFrame) -> None:
         """Rows that came from the source."""
         self.at_source += rows.height
         self.fingerprint += Fingerprint.of(rows[STATE])
         if len(self.recorded.keys):
-            hashes = rows[self.model.journaled]
-            self.met += int(among(hashes, self.recorded.own).sum())
-            self.met_fingerprint += Fingerprint.of(rows[STATE].filter(among(hashes, self.recorded.keys)))
+            self.met += int(among(rows[self.model.journaled], self.recorded.own).sum())
         if self.model.timestamps:
             # As numbers: Python has no times outside the years 1 to 9999.
             first, last = (rows[name].to_physical() for name in self.model.timestamps)
@@ -83,6 +83,7 @@ class Tally:
     def add(self, rows: pl.DataFrame, repaired: pl.Series, table: DestinationTable) -> None:
         """Rows that COPY took, with a mask of those that were repaired."""
         self.copied += rows.height
+        self.landed += Fingerprint.of(rows[STATE].filter(~among(rows[self.model.journaled], self.recorded.own)))
         self.repaired += int(repaired.sum())
         self.bytes += int(rows.select(table.column_names).estimated_size())
 
@@ -130,13 +131,14 @@ def combined(parts: Sequence[Tally], others: Sequence[Tally] = ()) -> Tally:
         tally.known += part.known
         tally.recorded = part.recorded
         tally.met += part.met
-        tally.met_fingerprint += part.met_fingerprint
         tally.bounds = _bounds(*(tally.bounds or ()), *(part.bounds or ()))
     for part in parts:
         # Without that of the others, so that the interval is not taken for one that is whole.
         tally.fingerprint += part.fingerprint
         tally.copied += part.copied
         tally.journaled += part.journaled
+        tally.landed += part.landed
+        tally.unrejected += part.unrejected
         tally.repaired += part.repaired
         tally.rejected += part.rejected
         tally.bytes += part.bytes

@@ -33,6 +33,7 @@ NAMED = {
     "read_1000": "max_rows_to_read",
     "read_1000_leaf": "max_rows_to_read_leaf",
     "a_twentieth_of_a_second": "max_execution_time",
+    "group_by_10": "max_rows_to_group_by",
 }
 """Limits that an interval of 4,167 events reaches: the run fails, and its error has this setting's name. Under the other
 profiles all rows land."""
@@ -48,8 +49,10 @@ def test_no_profile_shortens_an_interval_without_a_word(
 ) -> None:
     # Enough of them that a limit in time is reached, too.
     properties = {"properties": "concat('{\"a\": \"', repeat('x', 50000), '\"}')"} if "second" in user.name else {}
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (0, 0, 0)
     insert_events(source, hour, 4_167, **properties)
-    done = run(export_of("events", target, hour), partition_key(hour), clickhouse=as_user(source, user))
+    done = run(export, partition_key(hour), clickhouse=as_user(source, user))
     if user.name in NAMED:
         assert done.error is not None
         assert NAMED[user.name] in done.error
