@@ -36,6 +36,20 @@ def test_after_a_pause_the_next_run_offers_the_gap_and_its_backfill_closes_it(
     assert target.count("events") == 6
 
 
+def test_an_interval_that_is_in_the_table_in_part_is_a_gap(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    """As a run with several streams leaves it that ends between two commits."""
+    source.insert("events", *(event(hour - hours * HOUR) for hours in range(3)))
+    export = export_of("events", target, hour)
+    run(export, partition_key(hour - 2 * HOUR), partition_key(hour - HOUR))
+    target.execute(f"UPDATE pg_exports_ledger SET rows_missing = 1 WHERE interval_start = '{hour - HOUR}'")
+    key = partition_key(hour - HOUR)
+    evaluation = run(export, partition_key(hour)).checks["gaps"]
+    assert not evaluation.passed
+    assert evaluation.metadata["missing"].value == [f"{key}...{key}"]
+
+
 def test_every_gap_is_listed_the_oldest_first(target: Target, run: RunExport, hour: datetime) -> None:
     export = export_of("events", target, hour)
     for hours in (6, 4, 2):

@@ -96,6 +96,22 @@ def test_journals_that_were_pruned_count_for_nothing_after_a_rerun_that_found_no
     assert each_once(source, target)
 
 
+def test_a_replay_adds_no_key_that_the_journals_have(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", *(event(hour) for _ in range(5)))
+    export = export_of("events", target, hour)
+    replay = {"ops": {"events": {"config": {"replay": True}}}}
+    assert run(export, partition_key(hour)).counts == (5, 0, 0)
+    target.execute("DELETE FROM events WHERE uuid IN (SELECT uuid FROM events LIMIT 2)")
+    assert run(export, partition_key(hour), run_config=replay).counts == (2, 0, 3)
+    assert run(export, partition_key(hour), run_config=replay).counts == (0, 0, 5)
+    assert journaled(target) == at_source(source)
+    source.insert("events", event(hour))
+    assert run(export, partition_key(hour)).counts == (1, 0, 5)
+    assert journaled(target) == at_source(source)
+
+
 def test_a_day_knows_the_rows_of_its_hours_and_each_hour_those_of_its_day(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:
