@@ -55,5 +55,5 @@ def test_a_run_of_an_interval_that_is_over_waits_for_nothing(source: Source) -> 
 
 
 def test_an_interval_that_is_far_from_over_in_clickhouse_is_an_error_that_names_both_clocks(source: Source) -> None:
-    with pytest.raises(SettingsError, match="is not over by the clock of ClickHouse, where it is 20.*; here it is 20"):
+    with pytest.raises(SettingsError, match=r"is not over by the clock of ClickHouse, where it is 20.*; here it is 20"):
         reader_of(source).settle(ended(timedelta(minutes=-20), source))
