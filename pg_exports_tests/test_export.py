@@ -63,7 +63,7 @@ def test_an_export_of_three_attributes_has_the_defaults() -> None:
     assert asset(export).op.pool == "postgres"
     assert asset(export).required_resource_keys >= {"clickhouse", "postgres_io_manager"}
     definitions = export.build_defs(None)
-    assert [job.name for job in definitions.jobs or []] == ["events_job", "events_check"]
+    assert [job.name for job in definitions.jobs or []] == ["events_job", "events_check", "events_verify"]
     assert [schedule.name for schedule in definitions.schedules or []] == ["events_schedule"]
 
 
