@@ -12,10 +12,9 @@ import dagster as dg
 import pytest
 
 from pg_exports import PostgresExport, PostgresIOManager, verification
-from pg_exports.partitions import Grid
-from pg_exports.sandbox.servers import DATABASE
+from pg_exports.sandbox.servers import ROLE
 from pg_exports.verification import RANGES, Range
-from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
+from pg_exports_tests.conftest import Source, Target, partition_key
 from pg_exports_tests.source_rows import HOUR, event, export_of, insert_sessions, mapping, new_session, person, session
 
 MINUTE = timedelta(minutes=1)
@@ -63,7 +62,7 @@ class Deployment:
         [event] = [event for event in result.all_events if event.is_step_failure or event.is_successful_output]
         if event.is_step_failure:
             failure = event.step_failure_data.user_failure_data
-            assert failure is not None, event.step_failure_data.error.to_string()
+            assert failure is not None, str(event.step_failure_data.error)
             metadata, text = failure.metadata, failure.description or ""
             assert metadata, text
         else:
@@ -158,7 +157,7 @@ def test_a_table_that_was_restored_without_its_rows_is_found(
         f"CREATE TABLE restored (LIKE {model} INCLUDING ALL)",
         f"DROP TABLE {model}",
         f"ALTER TABLE restored RENAME TO {model}",
-        f"ALTER TABLE {model} OWNER TO exporter",
+        f"ALTER TABLE {model} OWNER TO {ROLE}",
     )
     said = repaired(export, hour - HOUR, hour, "Dagster shows it as materialised, and the ledger does not have it")
     assert (said.intervals, said.in_table) == (2, 0)
@@ -298,6 +297,7 @@ def test_rows_that_were_erased_at_the_source_are_found_and_the_pages_statements_
     events.run(hour - HOUR, hour)
     erased = [str(row["uuid"]) for row in rows[:2]]
     names = ", ".join(f"'{name}'" for name in erased)
+    source.execute("SYSTEM START MERGES events")
     source.execute(f"ALTER TABLE events DELETE WHERE uuid IN ({names}) SETTINGS mutations_sync = 1")
     [said] = events.verify(hour - HOUR, hour)
     assert "2 rows that were exported are not in ClickHouse any more" in str(said.difference)
@@ -397,7 +397,3 @@ def fill(source: Source, hour: datetime, number: int = 0) -> None:
         source.insert("person", person(moment, one, 3))
         source.insert("person_distinct_id2", mapping(moment, f"of {one}", one))
         insert_sessions(source, session(new_session(moment), moment))
-
-
-assert DATABASE
-assert Grid

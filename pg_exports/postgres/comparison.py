@@ -54,7 +54,11 @@ def recognised(session: Session, destination: Destination, model: Model, team_id
             return None
         table = tables.inspect(session, destination, model)
         known = registry.look_up(session, table)
-        return known or registry.recognise(session, table, team_id)
+        if known is None or known.in_ledger is None:
+            ledger.ensure(session, destination.schema)
+            registry.ensure(session, destination.schema)
+            known = registry.recognise(session, table, team_id)
+        return known
     raise AssertionError
 
 
