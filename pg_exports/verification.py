@@ -76,9 +76,6 @@ _SAID: Mapping[Kind, str] = {
     "erased": "{rows} rows that were exported are not in ClickHouse any more, or not selected by the export's filters",
 }
 
-_REPLAYED: Sequence[Kind] = ("lost",)
-"""What a run repairs that asks the table itself."""
-
 
 class VerifyConfig(dg.Config):
     """What is compared.
@@ -241,7 +238,7 @@ def _verified(
         interval: _kinds(subject.model, each, counts[interval], is_shown=interval.partition_key in shown)
         for interval, each in compared.items()
     }
-    for kind, repair, group in _grouped(subject.export, some, kinds):
+    for kind, repair, group in _grouped(subject, some, kinds, compared):
         mine = [(row, keep) for row, keep in needless if row.interval in set(group)]
         if kind == "twice" and sides.table:
             repair = _statement(sides.table, mine)
@@ -338,7 +335,10 @@ def _kinds(model: Model, each: Compared, twice: int, *, is_shown: bool) -> dict[
 
 
 def _grouped(
-    export: str, some: Sequence[Interval], kinds: Mapping[Interval, Mapping[Kind, int]]
+    subject: Subject,
+    some: Sequence[Interval],
+    kinds: Mapping[Interval, Mapping[Kind, int]],
+    compared: Mapping[Interval, Compared],
 ) -> Iterator[tuple[Kind, str, Sequence[Interval]]]:
     """The intervals that follow each other and have a kind in common, with what repairs it; the oldest first."""
     groups: list[tuple[Kind, str, Sequence[Interval]]] = []
@@ -346,18 +346,23 @@ def _grouped(
         for has_it, group in itertools.groupby(some, key=lambda interval: kind in kinds[interval]):
             members = list(group)
             if has_it:
-                groups.append((kind, _repair(export, kind, members), members))
+                present = [compared[interval].present for interval in members]
+                groups.append((kind, _repair(subject, kind, members, present), members))
     yield from sorted(groups, key=lambda found: found[2][0].start)
 
 
-def _repair(export: str, kind: Kind, group: Sequence[Interval]) -> str:
+def _repair(subject: Subject, kind: Kind, group: Sequence[Interval], present: Sequence[int | None]) -> str:
     if kind in ("as it should be", "twice"):
         return ""
     if kind == "erased":
         return f"If they are to go here, too: {ERASED}."
-    # A ledger that has lost an interval does not know that the table may have its rows.
-    replay = " REPLAY=1" if kind in ("lost", "not in the ledger", "not exported") else ""
-    return f"make backfill EXPORT={export} FROM={group[0].partition_key} TO={group[-1].partition_key}{replay}"
+    command = f"make backfill EXPORT={subject.export} FROM={group[0].partition_key} TO={group[-1].partition_key}"
+    if kind == "not in the ledger" and None in present:
+        return f"Make sure that the table has none of them, as the export cannot find out; then: {command}"
+    # What the ledger does not know of, a run would not look for in the table.
+    is_unknown = kind in ("not in the ledger", "not exported") and any(present)
+    needs_replay = not subject.model.merge and (kind == "lost" or is_unknown)
+    return f"{command} REPLAY=1" if needs_replay else command
 
 
 def _range(

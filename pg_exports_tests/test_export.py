@@ -159,7 +159,7 @@ def test_two_exports_of_a_model_stand_side_by_side(load: Load) -> None:
     names = {"events", "events_daily", "persons"}
     assert set(assets(definitions)) == names
     assert {job.name for job in definitions.jobs or []} == {
-        f"{name}_{what}" for name in names for what in ("job", "check")
+        f"{name}_{what}" for name in names for what in ("job", "check", "verify")
     }
     assert assets(definitions)["events_daily"].metadata["dagster/table_name"] == "public.daily"
     merged = dg.Definitions.merge(definitions, dg.Definitions(resources=resources()))

@@ -5,13 +5,14 @@ names as the repair leaves nothing that differs.
 import shlex
 import uuid
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import dagster as dg
 import pytest
 
 from pg_exports import PostgresExport, PostgresIOManager, verification
+from pg_exports.alerts import watch
 from pg_exports.sandbox.servers import ROLE
 from pg_exports.verification import RANGES, Range
 from pg_exports_tests.conftest import Source, Target, partition_key
@@ -384,6 +385,20 @@ def test_an_own_model_whose_key_may_be_null_is_looked_up(
     target.execute("DELETE FROM notes WHERE id IS NULL OR id = 'a'")
     repaired(notes, hour - HOUR, hour, "3 rows that were exported are not in the table")
     assert target.count("notes") == 4
+
+
+def test_a_run_that_finds_differences_is_no_failure_of_the_export(
+    deployment: Any, source: Source, hour: datetime
+) -> None:
+    fill(source, hour)
+    events = deployment("events")
+    assert [each.intervals for each in events.verify(hour - HOUR, hour)] == [2]
+    repository = events.export.build_defs(None).get_repository_def()
+    later = datetime.now(UTC) + MINUTE
+    with dg.build_sensor_context(instance=events.instance, repository_def=repository) as context:
+        failed, last = watch.failed_runs(context, watch.exports_of(repository), 0, later)
+    assert last > 0
+    assert failed == {}
 
 
 PEOPLE = [uuid.UUID(int=number + 1) for number in range(3)]
