@@ -31,7 +31,8 @@ class Deployment:
         self.instance = instance
         self.log: list[str] = []
 
-    def job(self, name: str) -> dg.JobDefinition:
+    @property
+    def definitions(self) -> dg.Definitions:
         postgres = self.target.resource()
         resources = {
             "clickhouse": self.source.resource(),
@@ -39,7 +40,10 @@ class Deployment:
             "postgres_io_manager": PostgresIOManager(postgres=postgres),
         }
         mine = dg.Definitions(resources=resources, executor=dg.in_process_executor)
-        return dg.Definitions.merge(self.export.build_defs(None), mine).resolve_job_def(name)
+        return dg.Definitions.merge(self.export.build_defs(None), mine)
+
+    def job(self, name: str) -> dg.JobDefinition:
+        return self.definitions.resolve_job_def(name)
 
     def run(self, first: datetime | str, last: datetime | str | None = None, *, replay: bool = False) -> None:
         """A run of the export, which must succeed."""
@@ -393,7 +397,7 @@ def test_a_run_that_finds_differences_is_no_failure_of_the_export(
     fill(source, hour)
     events = deployment("events")
     assert [each.intervals for each in events.verify(hour - HOUR, hour)] == [2]
-    repository = events.export.build_defs(None).get_repository_def()
+    repository = events.definitions.get_repository_def()
     later = datetime.now(UTC) + MINUTE
     with dg.build_sensor_context(instance=events.instance, repository_def=repository) as context:
         failed, last = watch.failed_runs(context, watch.exports_of(repository), 0, later)
