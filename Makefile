@@ -9,7 +9,7 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo dev check backfill test pythons soak bench cluster lint screenshots docs clean sandbox postgresql pgbouncer chromium redis
+.PHONY: help demo dev check verify backfill test pythons soak bench cluster lint screenshots docs clean sandbox postgresql pgbouncer chromium redis
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 13
@@ -26,8 +26,11 @@ dev: sandbox ## The sandbox and Dagster's UI
 check: .venv/installed ## Whether the connections and tables of the exports are as they should be (EXPORT=events)
 	@$(BIN)/python -m pg_exports.check $(EXPORT)
 
-backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2026-11-01 TO=2026-11-20)
-	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO)
+backfill: .venv/installed ## Export a range without the UI (EXPORT=events FROM=2026-11-01 TO=2026-11-20 REPLAY=1)
+	@$(BIN)/python -m pg_exports.backfill $(EXPORT) $(FROM) $(TO) $(if $(REPLAY),--replay)
+
+verify: .venv/installed ## Compare ClickHouse, the ledger, the table and Dagster (EXPORT=events FROM=2026-11-01 TO=2026-11-20)
+	@$(BIN)/python -m pg_exports.verify $(EXPORT) $(FROM) $(TO)
 
 # Three processes, each with servers of its own: they keep two cores busy throughout. ALL=1, as in CI, adds the slow ones:
 # of the bench, the package in another project, and a pod's run; and those that depend on the version of PostgreSQL or

@@ -6,6 +6,7 @@ It is for the folder of a Dagster project, this repository or another, and loads
 
 import argparse
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -32,16 +33,23 @@ def main() -> None:
     parser.add_argument("export", metavar="EXPORT", help="the export's name")
     parser.add_argument("first", metavar="FROM", help="first interval")
     parser.add_argument("last", metavar="TO", help="last interval, inclusive")
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="ask the table itself which rows it lacks, instead of what earlier runs recorded: for rows that were deleted",
+    )
     arguments = parser.parse_args()
     dotenv.load_dotenv(Path.cwd() / ".env", override=True)
     try:
-        partitions = _partitions(arguments.export, _exports())
+        partitions = partitions_of(arguments.export)
         first, last = key_range(partitions, arguments.first, arguments.last, datetime.now(UTC))
     except SettingsError as error:
         sys.exit(str(error))
     sys.stdout.write(f"Exporting {arguments.export} from {first} to {last} ...\n")
     sys.stdout.flush()
     launch = ["launch", "--assets", arguments.export, "--partition-range", f"{first}...{last}"]
+    if arguments.replay:
+        launch += ["--config-json", json.dumps({"ops": {arguments.export: {"config": {"replay": True}}}})]
     os.execv(sys.executable, [sys.executable, "-m", "dagster_dg_cli.cli", *launch])  # noqa: S606
 
 
@@ -100,6 +108,15 @@ def _key(partitions: dg.TimeWindowPartitionsDefinition, text: str, *, last: bool
 
 def _timestamp(partitions: dg.TimeWindowPartitionsDefinition, moment: datetime) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=ZoneInfo(partitions.timezone))).timestamp()
+
+
+def partitions_of(export: str) -> dg.TimeWindowPartitionsDefinition:
+    """The partitions of an export of the project in this folder.
+
+    Raises:
+        SettingsError: there is none of this name, or the project's settings are wrong.
+    """
+    return _partitions(export, _exports())
 
 
 def _exports() -> dict[str, dg.TimeWindowPartitionsDefinition]:

@@ -44,8 +44,8 @@ def main() -> int:
 def _check(names: Sequence[str]) -> int:
     # As `dg` does: the file wins over the environment.
     os.environ.update({name: value for name, value in dotenv_values(".env").items() if value is not None})
-    with _quiet():
-        definitions = _definitions(_module())
+    with quiet():
+        definitions = project_definitions()
         checks = {
             job.tags[EXPORT]: job
             for job in definitions.resolve_all_job_defs()
@@ -82,32 +82,38 @@ def _module() -> str:
     return str(project.get("code_location_target_module") or f"{project['root_module']}.definitions")
 
 
-def _definitions(name: str) -> dg.Definitions:
+def project_definitions() -> dg.Definitions:
+    """What the project in this folder defines.
+
+    Raises:
+        SettingsError: there is no project, or it does not load.
+    """
+    name = _module()
     try:
         for value in vars(importlib.import_module(name)).values():
             found = value() if isinstance(value, LazyDefinitions) else value
             if isinstance(found, dg.Definitions):
                 return found
     except Exception as error:  # noqa: BLE001 - whatever a project's modules raise
-        raise SettingsError(f"The definitions of {name} do not load. {_said(error)}") from None
+        raise SettingsError(f"The definitions of {name} do not load. {said(error)}") from None
     raise SettingsError(f"The module {name} has no definitions.")
 
 
 def _steps(job: dg.JobDefinition) -> Sequence[Step]:
     try:
-        with _quiet(), dg.DagsterInstance.ephemeral() as instance:
+        with quiet(), dg.DagsterInstance.ephemeral() as instance:
             result = job.execute_in_process(instance=instance)
         [kept] = [event.step_output_data.metadata for event in result.all_events if event.is_successful_output]
     except dg.Failure as failure:
         kept = failure.metadata
     except Exception as error:  # noqa: BLE001 - whatever resources raise that cannot be made
-        return [Step("Settings", "failed", _said(error))]
+        return [Step("Settings", "failed", said(error))]
     table = kept[STEPS]
     assert isinstance(table, dg.TableMetadataValue)
     return [Step(**record.data) for record in table.records]  # type: ignore[arg-type]  # as `connection_check` made them
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
     """What is wrong, for a user: the error of this package's own that is behind it, or the first one."""
     for cause in _causes(error):
         if isinstance(cause, ExportError):
@@ -128,7 +134,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the log of Dagster's runs, and its warnings."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield

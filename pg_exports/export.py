@@ -14,7 +14,7 @@ import dagster as dg
 from dagster.components.core.defs_module import ComponentPath
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
-from pg_exports import checks, connection_check, late_rows, lineage
+from pg_exports import checks, connection_check, late_rows, lineage, verification
 from pg_exports.checks import volume
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.component import SettingsComponent, as_written, read_part
@@ -40,6 +40,7 @@ from pg_exports.postgres.tls import SYSTEM, VerifyServerIdentity
 from pg_exports.reader import Reader
 from pg_exports.scaffold import ExportScaffolder
 from pg_exports.schedule import backfill_policy, freshness, schedule
+from pg_exports.verification import Subject
 
 OWNER = "team:pg_exports"
 
@@ -357,8 +358,8 @@ class PostgresExport(SettingsComponent):
         return Destination(self.database, self.destination_schema, table)
 
     def build_defs(self, context: dg.ComponentLoadContext | None) -> dg.Definitions:
-        """The export's asset with its checks, its job and schedule, the job that checks its set-up, and the sensor that finds
-        late rows.
+        """The export's asset with its checks, its job and schedule, the jobs that check its set-up and compare what
+        has landed, and the sensor that finds late rows.
 
         The context is not used: None will do.
 
@@ -379,7 +380,9 @@ class PostgresExport(SettingsComponent):
         job = dg.define_asset_job(f"{self.key}_job", selection=[asset], description=f"Exports {self.key}.")
         when = schedule(self.key, job, self._grid(), partitions, self.start, paused=self.paused)
         sensor = self._late_rows_sensor(partitions, job)
-        return dg.Definitions(assets=[asset], jobs=[job, check], schedules=[when], sensors=[sensor])
+        return dg.Definitions(
+            assets=[asset], jobs=[job, check, self._verification(partitions)], schedules=[when], sensors=[sensor]
+        )
 
     def _asset(self, partitions: dg.TimeWindowPartitionsDefinition) -> dg.AssetsDefinition:
         model = self.model_with_columns
@@ -480,6 +483,22 @@ class PostgresExport(SettingsComponent):
             return watch.tick(latest, Cursor.read(context.cursor), context.instance)
 
         return find_late_rows
+
+    def _verification(self, partitions: dg.TimeWindowPartitionsDefinition) -> dg.JobDefinition:
+        io_manager = self._io_manager().get("io_manager_key")
+        subject = Subject(
+            self.key,
+            self.model_with_columns,
+            self.team_id or 0,
+            self.destination,
+            self.on_bad_rows,
+            self.deduplicate,
+            partitions,
+            self.source,
+        )
+        return verification.job(
+            subject, self._postgres, frozenset({"clickhouse", *([io_manager] if io_manager else [])})
+        )
 
     def _postgres(self, resources: Any) -> PostgresResource:
         """The connection, among the resources that a job or sensor of the export has."""

@@ -58,6 +58,7 @@ LONGEST = (
     "test_scaffold",
     "test_definitions",
     "test_backfill_command",
+    "test_verify_command",
 )
 """Modules that take long, most of them as they start processes: first, so that none is left alone at the end."""
 

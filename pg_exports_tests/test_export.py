@@ -63,7 +63,7 @@ def test_an_export_of_three_attributes_has_the_defaults() -> None:
     assert asset(export).op.pool == "postgres"
     assert asset(export).required_resource_keys >= {"clickhouse", "postgres_io_manager"}
     definitions = export.build_defs(None)
-    assert [job.name for job in definitions.jobs or []] == ["events_job", "events_check"]
+    assert [job.name for job in definitions.jobs or []] == ["events_job", "events_check", "events_verify"]
     assert [schedule.name for schedule in definitions.schedules or []] == ["events_schedule"]
 
 
@@ -159,7 +159,7 @@ def test_two_exports_of_a_model_stand_side_by_side(load: Load) -> None:
     names = {"events", "events_daily", "persons"}
     assert set(assets(definitions)) == names
     assert {job.name for job in definitions.jobs or []} == {
-        f"{name}_{what}" for name in names for what in ("job", "check")
+        f"{name}_{what}" for name in names for what in ("job", "check", "verify")
     }
     assert assets(definitions)["events_daily"].metadata["dagster/table_name"] == "public.daily"
     merged = dg.Definitions.merge(definitions, dg.Definitions(resources=resources()))

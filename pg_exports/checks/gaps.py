@@ -47,6 +47,6 @@ def _said(ranges: Sequence[tuple[str, str]], export: str) -> str:
     [(first, last), *others] = ranges
     more = f" and {len(others)} more" if others else ""
     return (
-        f"Nothing was exported of {first}...{last}{more}. To have it: Materialize, Missing, in the UI; or "
-        f"`make backfill EXPORT={export} FROM={first} TO={last}`, once for each range."
+        f"Nothing was exported of {first}...{last}{more}. To have it: `make backfill EXPORT={export} FROM={first} TO={last}`, "
+        "once for each range. (In the UI, Materialize, Missing offers only what Dagster does not show as materialised.)"
     )

@@ -94,7 +94,7 @@ def read(
     )
     pieces: dict[int, list[tuple[bool, pl.Series]]] = {}
     for number, is_own, keys in zip(*(answer.column(name).to_pylist() for name in answer.column_names), strict=True):
-        pieces.setdefault(intervals[number - 1].position, []).append((is_own, _series(keys)))
+        pieces.setdefault(intervals[number - 1].position, []).append((is_own, series(keys)))
     return {
         position: Recorded(
             pl.concat([keys for _, keys in some]).sort(),
@@ -104,7 +104,8 @@ def read(
     }
 
 
-def _series(keys: bytes) -> pl.Series:
+def series(keys: bytes) -> pl.Series:
+    """The keys of one row of the table."""
     array = pa.Array.from_buffers(pa.uint64(), len(keys) // 8, [None, pa.py_buffer(keys)])
     return pl.Series(array, dtype=pl.UInt64)
 

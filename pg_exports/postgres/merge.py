@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from pg_exports.errors import DestinationError, PassingError
 from pg_exports.models import Kind, Merge
 from pg_exports.postgres import registry, schemas, types
@@ -143,6 +145,39 @@ def merge_intervals(
         interval: Merged(*counts.get(interval, (0, 0)), missing.get(interval, 0))
         for interval in counts.keys() | missing.keys()
     }
+
+
+def differences(session: Session, table: DestinationTable, staging: str) -> pa.Table:
+    """The staging table's rows that are not once in the destination, or there in an older version.
+
+    Returns:
+        `number`: what `INTERVAL_COLUMN` has of the row; `copies`: how often its key stands in the destination; `is_older`:
+        it stands there in an older version; `key`: of a row with several copies the key's values as a JSON array of texts.
+    """
+    _give_memory(session)
+    rule = table.model.merge
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    if rule:
+        same = " AND ".join(f"d.{name} = s.{name}" for name in key)
+        is_older = f"d.{key[0]} IS NOT NULL AND {_version(table, rule, 'd')} < {_version(table, rule, 's')}"
+        sql = f"""
+            SELECT s.{INTERVAL_COLUMN} AS number, (d.{key[0]} IS NOT NULL)::int::bigint AS copies, {is_older} AS is_older,
+                NULL::text AS key
+            FROM {quoted(table.destination.schema, staging)} AS s
+            LEFT JOIN {table.qualified} AS d ON {same}
+            WHERE d.{key[0]} IS NULL OR ({is_older})
+        """
+    else:
+        texts = ", ".join(f"s.{name}::text" for name in key)
+        sql = f"""
+            SELECT s.{INTERVAL_COLUMN} AS number, count(d.tableoid) AS copies, false AS is_older,
+                CASE WHEN count(d.tableoid) > 1 THEN min(json_build_array({texts})::text) END AS key
+            FROM {quoted(table.destination.schema, staging)} AS s
+            LEFT JOIN {table.qualified} AS d ON {_is_there(table)}
+            GROUP BY 1
+            HAVING count(d.tableoid) <> 1
+        """
+    return session.arrow(sql, doing=f"looking for rows in {table.qualified}", patience=MERGE_TIMEOUT)
 
 
 def replace_changed(session: Session, table: DestinationTable, staging: str) -> int:
@@ -298,16 +333,26 @@ def _there(table: DestinationTable, staging: str) -> str:
     At the source no column of the key is NULL. In the destination one is that was added later, and its row may be any that
     agrees in the other columns. A row without a team is taken for the team's.
     """
-    first, *others = (quoted(name) for name in table.model.key if name in table.column_names)
-    same = [f"d.{first} = s.{first}", *(f"(d.{name} = s.{name} OR d.{name} IS NULL)" for name in others)]
+    _, *others = (quoted(name) for name in table.model.key if name in table.column_names)
     told_by = [f"d.{name}" for name in others if name != quoted(TEAM)]
     is_sure = f"bool_or(num_nulls({', '.join(told_by)}) = 0)" if told_by else "true"
     return f"""
         SELECT s.ctid AS place, {is_sure} AS is_sure
         FROM {quoted(table.destination.schema, staging)} AS s
-        JOIN {table.qualified} AS d ON {" AND ".join(same)}
+        JOIN {table.qualified} AS d ON {_is_there(table)}
         GROUP BY s.ctid
     """
+
+
+def _is_there(table: DestinationTable) -> str:
+    """The condition that `d`, of the destination, is the row `s` of the staging table, or may be it."""
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    if table.model.key_may_be_null:
+        # NULL is a value like any other here. A join that takes NULL for equal can be a hash join with the hash alone.
+        sides = [f"hash_record_extended(ROW({', '.join(f'{side}.{name}' for name in key)}), 0)" for side in "sd"]
+        return " AND ".join([" = ".join(sides), *(f"d.{name} IS NOT DISTINCT FROM s.{name}" for name in key)])
+    first, *others = key
+    return " AND ".join([f"d.{first} = s.{first}", *(f"(d.{name} = s.{name} OR d.{name} IS NULL)" for name in others)])
 
 
 def _missing(table: DestinationTable, staging: str) -> str:

@@ -53,6 +53,15 @@ WHERE destination = $1 AND export = $2 AND resolved_at IS NULL
 LIMIT $5
 """
 
+_UNRESOLVED_COUNTS = """
+SELECT number, count(DISTINCT md5(key::text))
+FROM {rejected}
+JOIN unnest($3::text[]::timestamptz[], $4::text[]::timestamptz[]) WITH ORDINALITY AS asked(first, last, number)
+    ON interval_start = first AND interval_end = last
+WHERE destination = $1 AND export = $2 AND resolved_at IS NULL
+GROUP BY number
+"""
+
 _RESOLVE = """
 UPDATE {rejected} SET resolved_at = clock_timestamp()
 WHERE destination = $1 AND export = $2 AND interval_start = $3::text::timestamptz AND interval_end = $4::text::timestamptz
@@ -153,6 +162,23 @@ class Unresolved:
         if is_entry:
             where[interval].add(hashed)
         return is_entry
+
+
+def unresolved(
+    session: Session, table: DestinationTable, export: str, intervals: Sequence[Interval]
+) -> dict[Interval, int]:
+    """How many rows of each interval are set aside and were not resolved; none if the schema has no such table."""
+    if not schemas.has_own(session, table.destination.schema, TABLE):
+        return {}
+    rows = session.rows(
+        _UNRESOLVED_COUNTS.format(rejected=quoted(table.destination.schema, TABLE)),
+        table.destination.table,
+        export,
+        [interval.start.isoformat() for interval in intervals],
+        [interval.end.isoformat() for interval in intervals],
+        doing="counting rejected rows",
+    )
+    return {intervals[int(str(number)) - 1]: int(str(count)) for number, count in rows}
 
 
 def keep(
