@@ -15,12 +15,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seed", type=int, default=random.randrange(10**6), help="a random one by default")
     parser.add_argument("--events", type=int, default=Day.events, help=f"of the day ({Day.events:,})")
+    parser.add_argument("--hours", type=int, default=Day.length, help=f"of the day ({Day.length})")
     asked = parser.parse_args()
     print(f"{asked.rounds} rounds with SEED={asked.seed}", flush=True)
     began = time.monotonic()
     try:
         with own_servers() as (source, target):
-            summary = soak(source, target, seed=asked.seed, rounds=asked.rounds, day=Day(events=asked.events))
+            summary = soak(
+                source, target, seed=asked.seed, rounds=asked.rounds, day=Day(length=asked.hours, events=asked.events)
+            )
     except AssertionError as error:
         print(f"WRONG, with SEED={asked.seed} ROUNDS={asked.rounds}: {error}")
         return 1
