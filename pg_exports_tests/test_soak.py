@@ -8,7 +8,8 @@ import pytest
 from pg_exports.sandbox import Sandbox
 from pg_exports_tests.conftest import Source, Target
 from pg_exports_tests.faults import with_own_postgres
-from pg_exports_tests.soak import Day, soak
+from pg_exports_tests.soak.exports import Day
+from pg_exports_tests.soak.play import soak
 
 # In this seed's first three rounds answers are lost, a process is killed, and Postgres crashes, each in mid-write.
 SEED, ROUNDS = int(os.environ.get("SOAK_SEED", "3722")), int(os.environ.get("SOAK_ROUNDS", "3"))

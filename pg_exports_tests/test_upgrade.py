@@ -70,7 +70,8 @@ def restore(target: Target, name: str, profile: str) -> None:
         f"SELECT oid::bigint, relfilenode::bigint FROM pg_class WHERE oid = '{name}'::regclass"
     )
     here = {"table_oid": oid, "table_filenode": filenode}
-    target.execute(LANDED[name])
+    # It had no registry.
+    target.execute(LANDED[name], "DROP TABLE pg_exports_tables")
     for row in recorded["ledger"]:
         if row["export"] == name:
             text = json.dumps(row | here).replace("'", "''")
