@@ -31,7 +31,7 @@ def result(findings: Findings, export: str) -> dg.AssetCheckResult:
             f"{sum(erased.values())} rows that were exported earlier are not in ClickHouse any more, of the intervals "
             f"{', '.join(list(erased)[:SAMPLE])}. Were they erased, or sent again so that they count in another interval, or "
             "does the export select less than it did? They stay in Postgres. How their owner deletes them: "
-            "docs/operations.md, Erased rows."
+            "docs/operations.md, Rows that were erased at the source."
             if erased
             else None
         ),
