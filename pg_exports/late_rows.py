@@ -54,6 +54,9 @@ LONGEST_WAIT = timedelta(hours=6)
 TAGS = {"pg_exports/reason": "late rows"}
 """Of the runs that are requested."""
 
+_LOST = "lost"
+"""How the digest of an interval begins that the ledger has lost."""
+
 _UNFINISHED = [
     status
     for status in dg.DagsterRunStatus
@@ -208,7 +211,7 @@ class Watch:
             ),
             limit=len(lacking),
         ).records
-        return {lacking[str(record.partition_key)]: f"lost {record.run_id}" for record in records}
+        return {lacking[str(record.partition_key)]: f"{_LOST} {record.run_id}" for record in records}
 
     def _late(
         self, intervals: Sequence[Interval], exported: Exported, cursor: Cursor
@@ -272,9 +275,14 @@ class Watch:
             if self._is_under_way(key, instance):
                 continue
             attempts[key] = Attempt(digest, number, now.timestamp())
+            # Of an interval that the ledger has lost the table may have rows.
+            replay = {"ops": {self.export: {"config": {"replay": True}}}} if digest.startswith(_LOST) else {}
             requests.append(
                 dg.RunRequest(
-                    run_key=f"{self.export} {key} {digest} {number} {now:%Y-%m-%dT%H:%M}", partition_key=key, tags=TAGS
+                    run_key=f"{self.export} {key} {digest} {number} {now:%Y-%m-%dT%H:%M}",
+                    partition_key=key,
+                    run_config=replay,
+                    tags=TAGS,
                 )
             )
         return requests, attempts

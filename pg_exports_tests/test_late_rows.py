@@ -313,6 +313,9 @@ def test_an_interval_that_dagster_shows_and_a_failover_has_lost_is_requested(
         instance.report_runless_asset_event(dg.AssetMaterialization("events", partition=partition_key(hour)))
         [request] = look(export, source, target, None, instance).run_requests
     assert request.partition_key == partition_key(hour)
+    # The table is asked, as it may still have rows.
+    assert run(export, partition_key(hour), run_config=request.run_config).counts == (1, 0, 0)
+    assert run(export, partition_key(hour), run_config=request.run_config).counts == (0, 0, 1)
 
 
 # How much is looked at
