@@ -86,7 +86,12 @@ class Loading:
         """
         kept = self._past.own_fingerprint
         is_comparable = bool(kept) and str(kept).split(":", 3)[3:] == [self.export.model.fingerprint_scheme]
-        return is_comparable and not self.export.model.merge and tally.met > 0 and str(tally.met_fingerprint) != kept
+        if not is_comparable or self.export.model.merge:
+            return False
+        if not self._past.is_journaled:
+            # Which rows are new is not known: late ones, too, make another fingerprint.
+            return str(tally.fingerprint) != kept
+        return tally.met > 0 and str(tally.met_fingerprint) != kept
 
 
 def replace_changed(loading: Loading, session: Session) -> int:
