@@ -266,6 +266,19 @@ def refusal(clickhouse: ClickHouseResource, sql: str = "SELECT 1 AS number, 'a' 
     return caught.value
 
 
+def test_a_query_that_still_runs_when_the_driver_sends_it_again_is_a_passing_error(sandbox: Sandbox) -> None:
+    """As it does, with the same id, when its connection broke before an answer came."""
+    one, query = str(uuid.uuid4()), Query("SELECT number, 'a' AS word FROM numbers(300000000)", {})
+    clickhouse = plain(sandbox, settings=SMALL_BLOCKS)
+    with (
+        clickhouse.frames(query, NUMBERS, log_comment="tests", query_id=one) as frames,
+        pytest.raises(PassingError, match=f"Code: 216.*{one} is already running"),
+    ):
+        next(frames)
+        with clickhouse.frames(query, NUMBERS, log_comment="tests", query_id=one) as again:
+            next(again)
+
+
 def test_another_authority_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:
     error = refusal(https(sandbox, ca_certificate=another_authority(tmp_path)))
     assert isinstance(error, SourceError)
