@@ -40,6 +40,21 @@ def test_an_event_that_was_changed_within_its_interval_after_the_run_lands_chang
     assert run(export, partition_key(hour)).counts == (0, 0, 31)
 
 
+def test_an_event_that_was_changed_lands_changed_after_the_journals_were_pruned(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    rows = [event(hour, properties='{"plan": "free"}', distinct_id=str(number)) for number in range(30)]
+    source.insert("events", *rows)
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (30, 0, 0)
+    target.execute("DELETE FROM pg_exports_keys")
+    source.insert("events", sent_again(rows[3], hour + 2 * MINUTE, properties='{"plan": "pro"}'))
+    assert run(export, partition_key(hour)).counts == (0, 1, 29)
+    assert plans(target)[str(rows[3]["uuid"])] == "pro"
+    assert list(plans(target).values()).count("free") == 29
+
+
 def test_a_role_that_may_not_update_is_told_so_when_an_event_has_changed(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:

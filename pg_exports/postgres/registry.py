@@ -108,10 +108,12 @@ ON CONFLICT (destination, table_oid, table_filenode, slot) DO UPDATE SET
     changed_at = excluded.changed_at
 """
 
-# What the ledger of a version without a registry says of a table.
+# What the ledger of a version without a registry says of a table. Of partitions that are gone it does not tell how many rows
+# they had.
 _LEDGER = """
 SELECT count(*), coalesce(bool_or(rows_before), false), array_to_json(array_agg(DISTINCT team_id))::text,
-    coalesce(sum(keys) FILTER (WHERE keys > 0), 0)::bigint, coalesce(bool_and(keys >= 0), true),
+    coalesce(sum(keys) FILTER (WHERE keys > 0), 0)::bigint,
+    coalesce(bool_and(keys >= 0 AND partition_filenodes <@ $4::text::bigint[]), true),
     coalesce(sum(rows_inserted), 0)::bigint
 FROM {ledger}
 WHERE destination = $1 AND table_oid = $2 AND table_filenode = $3
@@ -614,12 +616,13 @@ def _legacy(session: Session, table: DestinationTable, records: Sequence[Record]
         table.destination.table,
         oid,
         filenode,
+        "{" + ",".join(map(str, table.files.values())) + "}",
         doing="reading the ledger",
     )
     counters = _counters(session, table)
     if not intervals or (inserted and not any(one.size for one in counters.values())):
         return None
-    rows = int(str(known)) if is_exact and not rows_before and table.filenode is not None else None
+    rows = int(str(known)) if is_exact and not rows_before else None
     rows = None if table.model.merge else rows
     teams = tuple(json.loads(str(team_ids)))
     files = _files(table, counters)

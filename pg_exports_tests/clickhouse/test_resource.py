@@ -1,5 +1,6 @@
 """A ClickHouse answer arrives whole or is an error that says what to do, and an error leaves nothing in Postgres."""
 
+import contextlib
 import json
 import os
 import re
@@ -264,6 +265,19 @@ def refusal(clickhouse: ClickHouseResource, sql: str = "SELECT 1 AS number, 'a' 
     assert caught.value.__cause__ is None
     assert caught.value.__context__ is None or caught.value.__suppress_context__
     return caught.value
+
+
+def test_a_query_that_still_runs_when_the_driver_sends_it_again_is_a_passing_error(sandbox: Sandbox) -> None:
+    """As it does, with the same id, when its connection broke before an answer came."""
+    one, query = str(uuid.uuid4()), Query("SELECT number, 'a' AS word FROM numbers(300000000)", {})
+    clickhouse = plain(sandbox, settings=SMALL_BLOCKS)
+    with (
+        clickhouse.frames(query, NUMBERS, log_comment="tests", query_id=one) as frames,
+        contextlib.ExitStack() as again,
+    ):
+        next(frames)
+        with pytest.raises(PassingError, match=f"Code: 216.*{one} is already running"):
+            again.enter_context(clickhouse.frames(query, NUMBERS, log_comment="tests", query_id=one))
 
 
 def test_another_authority_is_refused(sandbox: Sandbox, tmp_path: Path) -> None:

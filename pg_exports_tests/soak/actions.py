@@ -107,7 +107,7 @@ class Owner:
             "SET TABLESPACE": lambda: self._move(file),
             "restore over it": lambda: self._restore(name, anew=False),
             "restore anew": lambda: self._restore(name, anew=True),
-            "restore all": lambda: self._run(self.dumps["all"]),
+            "restore all": self._restore_all,
             "copy by hand": lambda: self._copy(name),
             "attach": lambda: self._attach(leaf),
             "TRUNCATE": lambda: self._truncate(name, file),
@@ -126,6 +126,7 @@ class Owner:
         """TRUNCATE a table, with all of its partitions."""
         self.target.execute(f"TRUNCATE {name}", f"DELETE FROM pg_exports_rejected WHERE destination = '{name}'")
         self.past.deleted[name].clear()
+        self.past.brought[name].clear()
 
     def _alter(self, name: str) -> None:
         column = _TEXT[name]
@@ -152,7 +153,13 @@ class Owner:
                 "SET search_path = public;\n"
                 + "".join(f"COPY {c.partition(chr(10) + chr(92) + '.')[0]}\n\\.\n" for c in copies)
             )
+        self.past.brought[name] = set(keys_there(self.target, name))
         self._replay(name, hours)
+
+    def _restore_all(self) -> None:
+        self._run(self.dumps["all"])
+        for name in EXPORTS:
+            self.past.brought[name] = set(keys_there(self.target, name))
 
     def _copy(self, name: str) -> None:
         """Rows of some hour, as another tool would bring them: half of those that are not there."""
@@ -161,6 +168,7 @@ class Owner:
 
     def _bring(self, name: str, hour: datetime, into: str, only: str) -> None:
         copy = f"copied_{name}"
+        before = set(keys_there(self.target, name, into))
         self.target.execute(f"CREATE TABLE {copy} (LIKE {name} INCLUDING ALL)", f"GRANT ALL ON {copy} TO {ROLE}")
         replay(name, [hour], self.source, self.target, name=copy, table=copy)
         key = ("uuid", "event", "distinct_id") if name == "events" else model(name, self.target).key
@@ -171,6 +179,7 @@ class Owner:
             f"DROP TABLE {copy}",
             f"DELETE FROM pg_exports_rejected WHERE destination = '{copy}'",
         )
+        self.past.brought[name] |= set(keys_there(self.target, name, into)) - before
 
     def _attach(self, leaf: str) -> None:
         """A partition is detached, gets rows by another way, and is attached again; or is made anew before that."""

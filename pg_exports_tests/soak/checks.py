@@ -33,10 +33,13 @@ class Past:
     Attributes:
         there: the keys of each table's rows before the round.
         deleted: the keys of appended rows that were deleted by hand: they may be missing.
+        brought: the keys of appended rows that came from a dump or a copy. If they have changed at the source since, they
+            stay as they came: no run knows in which state that was.
     """
 
     there: dict[str, Keys] = field(default_factory=dict)
     deleted: dict[str, Keys] = field(default_factory=lambda: {name: set() for name in EXPORTS})
+    brought: dict[str, Keys] = field(default_factory=lambda: {name: set() for name in EXPORTS})
 
     def look(self, target: Target) -> None:
         """Keep what is there."""
@@ -74,7 +77,9 @@ def check_all(source: Source, target: Target, hours: Sequence[datetime], past: P
         there, wanted = landed_rows(target, name, columns), _good_rows(source, target, name, hours)
         lacking = [] if model(name, target).merge else Counter(wanted) - Counter(there)
         gone = [row for row in lacking if _may_be_missing(name, row, columns, there, past)]
-        _same(f"the rows of {name}", [*there, *gone], wanted)
+        old = [] if model(name, target).merge else Counter(there) - Counter(wanted)
+        kept = [row for row in old if _key(name, row, columns) in past.brought[name]]
+        _same(f"the rows of {name}", (Counter(there) - Counter(kept) + Counter(gone)).elements(), wanted)
         rejected = target.rows(_REJECTED.format(table=name))
         bad = [row for row in _rows_at_source(source, target, name, hours) if _is_refused(row, columns)]
         _same(
@@ -108,10 +113,10 @@ def known_table(target: Target, name: str) -> DestinationTable | None:
         return registry.look_up(session, tables.inspect(session, mine.destination, mine.model_with_columns))
 
 
-def keys_there(target: Target, name: str) -> Iterator[Hashable]:
-    """The key of each row of a table."""
+def keys_there(target: Target, name: str, table: str | None = None) -> Iterator[Hashable]:
+    """The key of each row of an export's table, or of a part of it."""
     columns = _columns(model(name, target))
-    for row in landed_rows(target, name, columns):
+    for row in landed_rows(target, table or name, columns):
         yield _key(name, row, columns)
 
 
@@ -163,7 +168,9 @@ def _check_appended(source: Source, target: Target, name: str, hours: Sequence[d
     missing = [row for row in wanted - there if not _may_be_missing(name, row, columns, there, past)]
     _same(f"the rows of {name} that are missing", [], missing)
     others = list((there - wanted).elements())
-    doubled = [row for row in others if _hour(row, columns) in hours]
+    doubled = [
+        row for row in others if _hour(row, columns) in hours and _key(name, row, columns) not in past.brought[name]
+    ]
     _same(f"the rows of {name} that are there too often, or in an old state", doubled, [])
     came = [row for row in others if _key(name, row, columns) not in past.there[name]]
     _same(f"the rows of {name} in intervals that are not in the ledger", came, [])
