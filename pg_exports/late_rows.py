@@ -85,7 +85,8 @@ class Cursor:
 
     Attributes:
         last: the interval that was looked at last.
-        settled: fingerprints of a merged model's intervals of which no row was late.
+        settled: fingerprints of a merged model's intervals of which no row was late, each with the run that had written the
+            interval last: a failover or a restored dump may undo that run.
         attempts: the runs that were requested.
     """
 
@@ -229,18 +230,20 @@ class Watch:
             }, {}
         comparable = [interval for interval in intervals if self._is_comparable(exported.entries[_bounds(interval)])]
         fingerprints = self.source.fingerprints(intervals, max(1, parts), of_latest=True)
-        changed = {
-            interval: str(fingerprint)
+        states = {
+            interval: f"{fingerprint} {exported.entries[_bounds(interval)].run_id}"
             for interval, fingerprint in zip(intervals, fingerprints, strict=True)
-            if interval in comparable and cursor.settled.get(interval.partition_key) != str(fingerprint)
+            if interval in comparable
         }
         late, settled = {}, {}
-        for interval, fingerprint in changed.items():
+        for interval, state in states.items():
+            if cursor.settled.get(interval.partition_key) == state:
+                continue
             unread = self._unread(interval, exported, max(1, parts))
             if unread.rows:
                 late[interval] = str(unread)
             else:
-                settled[interval.partition_key] = fingerprint
+                settled[interval.partition_key] = state
         return late, settled
 
     def _is_comparable(self, entry: Entry) -> bool:

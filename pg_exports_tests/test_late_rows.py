@@ -319,6 +319,29 @@ def test_an_interval_that_dagster_shows_and_a_failover_has_lost_is_requested(
     assert run(export, partition_key(hour), run_config=request.run_config).counts == (0, 0, 1)
 
 
+@pytest.mark.usefixtures("visits")
+def test_late_rows_that_a_failover_has_lost_after_a_tick_had_seen_them_are_found(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    export = export_of("persons", target, hour)
+    first_rows(source, "persons", hour)
+    assert run(export, partition_key(hour)).error is None
+    tables = ("persons", "pg_exports_ledger", "pg_exports_keys", "pg_exports_tables")
+    target.execute(*(f"CREATE TABLE kept_{table} AS SELECT * FROM {table}" for table in tables))
+    people(source, hour, hour + 58 * MINUTE)
+    assert run(export, partition_key(hour)).counts[:2] == (1, 1)
+    quiet = look(export, source, target)
+    assert quiet.run_requests == []
+    # As a standby is that became the primary before it had the last commit.
+    for table in tables:
+        target.execute(
+            f"DELETE FROM {table}", f"INSERT INTO {table} OVERRIDING SYSTEM VALUE SELECT * FROM kept_{table}"
+        )
+    [request] = look(export, source, target, quiet.cursor).run_requests
+    assert request.partition_key == partition_key(hour)
+    assert run(export, partition_key(hour)).counts[:2] == (1, 1)
+
+
 # How much is looked at
 
 
