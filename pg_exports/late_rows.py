@@ -85,8 +85,8 @@ class Cursor:
 
     Attributes:
         last: the interval that was looked at last.
-        settled: fingerprints of a merged model's intervals of which no row was late, each with the run that had written the
-            interval last: a failover or a restored dump may undo that run.
+        settled: the fingerprint of each merged interval without late rows, and the run that wrote the interval last. A
+            failover or a restored dump may undo that run; then the interval is looked at again.
         attempts: the runs that were requested.
     """
 
@@ -190,12 +190,7 @@ class Watch:
             if table is None:
                 return Exported(None, {})
             entries = ledger.entries(session, table, self.team_id, span)
-        mine: dict[Bounds, Entry] = {}
-        for entry in entries:
-            # An export that there is not any more is this one under its old name, or one whose rows this one goes on with.
-            if entry.export == self.export or (entry.export not in self.exports and entry.bounds not in mine):
-                mine[entry.bounds] = entry
-        return Exported(table, mine)
+        return Exported(table, ledger.of_export(entries, self.export, self.exports))
 
     def _lost(
         self, latest: Sequence[Interval], exported: Exported, instance: dg.DagsterInstance
@@ -217,7 +212,7 @@ class Watch:
     def _late(
         self, intervals: Sequence[Interval], exported: Exported, cursor: Cursor
     ) -> tuple[dict[Interval, str], dict[str, str]]:
-        """What is late of intervals that follow each other, and the fingerprints of those of which nothing is."""
+        """The late rows of consecutive intervals, and the fingerprints of the merged intervals that have none."""
         parts = -(-max(exported.entries[_bounds(interval)].rows for interval in intervals) // ROWS_A_QUERY)
         if not self.model.merge:
             fingerprints = self.source.fingerprints(intervals, max(1, parts))

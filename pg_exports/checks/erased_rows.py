@@ -20,7 +20,7 @@ def spec(export: str) -> dg.AssetCheckSpec:
 
 
 def result(findings: Findings, export: str) -> dg.AssetCheckResult:
-    """How many rows are not there any more, and of which intervals."""
+    """The number of erased rows, in all and by interval."""
     erased = {interval.partition_key: counts.erased for interval, counts in findings.written.items() if counts.erased}
     return dg.AssetCheckResult(
         asset_key=export,

@@ -54,6 +54,6 @@ def result(findings: Findings, export: str) -> dg.AssetCheckResult:
 def _remedy(lacking: Mapping[str, int]) -> str:
     return (
         f"{sum(lacking.values())} rows did not stay in the table, of the intervals {', '.join(lacking)}. Does a trigger of "
-        "the table drop or change rows? Mend that, and materialise the intervals again: only the rows that lack are sent. "
+        "the table drop or change rows? Fix the trigger, then run the intervals again: only the missing rows are sent. "
         "Rows that the trigger let in under another key (uuid, distinct_id and so on) stay: delete those by hand."
     )

@@ -37,8 +37,8 @@ def _remedy(lacking: Mapping[str, str]) -> str:
     identity = [name for name, statement in lacking.items() if not statement]
     if identity:
         parts.append(
-            f"Rows are told apart by {', '.join(identity)}, which those that are there would lack: set the export's `table` "
-            "to another table, or to a name that is free."
+            f"The rows that are there would have no {', '.join(identity)}, by which rows are told apart. Set the "
+            "export's `table` to another table, or to a name that is free."
         )
     if statements:
         parts.append("Or leave the columns out, in the export's `columns`.")

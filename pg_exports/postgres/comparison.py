@@ -160,14 +160,11 @@ class Sides:
 
     def entries(self, span: Interval) -> dict[Bounds, Entry]:
         """The ledger's intervals within a span: the export's own, else those of an export that there is not any more."""
-        mine: dict[Bounds, Entry] = {}
-        if self.table is not None:
-            with undone(self.session):
-                for entry in ledger.entries(self.session, self.table, self.team_id, span):
-                    is_gone = entry.export not in self.exports and entry.bounds not in mine
-                    if entry.export == self.export or is_gone:
-                        mine[entry.bounds] = entry
-        return mine
+        if self.table is None:
+            return {}
+        with undone(self.session):
+            found = ledger.entries(self.session, self.table, self.team_id, span)
+        return ledger.of_export(found, self.export, self.exports)
 
     def compare(self, intervals: Sequence[Interval]) -> Comparison:
         """The rows of intervals that follow each other. Once more if a run has written one of them meanwhile.

@@ -5,7 +5,7 @@ later run. With the key journals beside it, it tells what a table has of an inte
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -306,6 +306,22 @@ def entries(session: Session, table: DestinationTable, team_id: int, span: Inter
         )
         for start, end, export, fingerprint, at_source, missing, rejected, run_id in rows
     ]
+
+
+def of_export(entries: Iterable[Entry], export: str, exports: Collection[str]) -> dict[Bounds, Entry]:
+    """An export's intervals, by their bounds.
+
+    Args:
+        entries: as `entries` gives them.
+        export: its name.
+        exports: the names of all exports of the deployment. An entry of any other is taken for one of this export under an
+            earlier name, unless it has one of its own.
+    """
+    mine: dict[Bounds, Entry] = {}
+    for entry in entries:
+        if entry.export == export or (entry.export not in exports and entry.bounds not in mine):
+            mine[entry.bounds] = entry
+    return mine
 
 
 def history(session: Session, table: DestinationTable, export: str, team_id: int, span: Interval) -> dict[Bounds, int]:
