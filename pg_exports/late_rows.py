@@ -186,7 +186,7 @@ class Watch:
         with self.postgres.session(self.destination.database) as session, session.transaction():
             if not (tables.exists(session, self.destination) and ledger.exists(session, self.destination.schema)):
                 return Exported(None, {})
-            table = registry.look_up(session, tables.inspect(session, self.destination, self.model))
+            table = registry.presume(session, tables.inspect(session, self.destination, self.model))
             if table is None:
                 return Exported(None, {})
             entries = ledger.entries(session, table, self.team_id, span)

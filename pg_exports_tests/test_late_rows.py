@@ -23,6 +23,7 @@ from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import eventually
+from pg_exports_tests.postgres.test_registry import BY_MONTH
 from pg_exports_tests.source_rows import (
     HOUR,
     event,
@@ -284,16 +285,21 @@ def test_late_rows_of_an_export_that_was_renamed_are_found(
     assert asked(renamed, source, target) == []
 
 
-def test_late_rows_of_a_table_that_was_rewritten_are_found(
-    source: Source, target: Target, run: RunExport, hour: datetime
+@pytest.mark.parametrize("statements", [(), BY_MONTH], ids=["plain", "partitioned"])
+def test_late_rows_of_a_table_that_was_rewritten_are_found_before_and_after_the_next_run(
+    source: Source, target: Target, run: RunExport, hour: datetime, statements: tuple[str, ...]
 ) -> None:
     source.insert("events", event(hour))
+    target.execute(*statements)
     export = export_of("events", target, hour)
     assert run(export, partition_key(hour)).counts == (1, 0, 0)
+    assert asked(export, source, target) == []
     source.insert("events", event(hour), event(hour + HOUR))
     target.execute("VACUUM FULL events")
+    assert asked(export, source, target) == [partition_key(hour)]
     assert run(export, partition_key(hour + HOUR)).counts == (1, 0, 0)
     assert asked(export, source, target) == [partition_key(hour)]
+    assert run(export, partition_key(hour)).counts == (1, 0, 1)
 
 
 def test_an_interval_that_dagster_shows_and_a_failover_has_lost_is_requested(

@@ -192,35 +192,46 @@ def replace_changed(session: Session, table: DestinationTable, staging: str) -> 
     Raises:
         DestinationError: the role may not update; with the GRANT.
     """
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    others = [quoted(name) for name in table.column_names if name not in table.model.key]
+    if not others:
+        return 0
+    changed = f"""
+        pairs AS MATERIALIZED (
+            SELECT d.ctid AS place, d.tableoid AS file, s.*,
+                count(*) OVER (PARTITION BY {", ".join(f"s.{name}" for name in key)}) AS copies,
+                ({_values(table, "s")}) IS DISTINCT FROM ({_values(table, "d")}) AS has_changed
+            FROM {quoted(table.destination.schema, staging)} AS s
+            JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
+        ),
+        changed AS (SELECT * FROM pairs WHERE copies = 1 AND has_changed)
+    """
     [(role, may_update)] = session.rows(
         "SELECT current_user::text, has_table_privilege($1::bigint::oid, 'UPDATE')",
         table.oid,
         doing="reading privileges",
     )
     if not may_update:
+        [(has_changed,)] = session.rows(
+            f"WITH {changed} SELECT EXISTS (SELECT FROM changed)",
+            doing=f"looking for rows of {table.qualified} that have changed",
+            patience=MERGE_TIMEOUT,
+        )
+        if not has_changed:
+            return 0
         raise DestinationError(
             f"Rows of {table.qualified} have changed at the source, and the role {role} may not update them. Run as its "
             f"owner: GRANT UPDATE ON {table.qualified} TO {quoted(str(role))};"
         )
-    key = [quoted(name) for name in table.model.key if name in table.column_names]
-    others = [quoted(name) for name in table.column_names if name not in table.model.key]
-    if not others:
-        return 0
     [(replaced,)] = session.rows(
         f"""
         WITH
-            pairs AS MATERIALIZED (
-                SELECT d.ctid AS place, d.tableoid AS file, s.*,
-                    count(*) OVER (PARTITION BY {", ".join(f"s.{name}" for name in key)}) AS copies,
-                    ({_values(table, "s")}) IS DISTINCT FROM ({_values(table, "d")}) AS has_changed
-                FROM {quoted(table.destination.schema, staging)} AS s
-                JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
-            ),
+            {changed},
             replaced AS (
                 UPDATE {table.qualified} AS d
-                SET {", ".join(f"{name} = p.{name}" for name in others)}
-                FROM pairs AS p
-                WHERE d.ctid = p.place AND d.tableoid = p.file AND p.copies = 1 AND p.has_changed
+                SET {", ".join(f"{name} = c.{name}" for name in others)}
+                FROM changed AS c
+                WHERE d.ctid = c.place AND d.tableoid = c.file
                 RETURNING 1
             )
         SELECT count(*) FROM replaced

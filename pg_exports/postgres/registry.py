@@ -247,6 +247,23 @@ def look_up(session: Session, table: DestinationTable) -> DestinationTable | Non
     return _with(table, record) if record else None
 
 
+def presume(session: Session, table: DestinationTable) -> DestinationTable | None:
+    """As `look_up`, but a table that has changed since and is not empty is taken for the one that it was, without counting
+    it. For what a mistake costs only a run.
+    """
+    known = look_up(session, table)
+    if (known and known.in_ledger) or not schemas.has_own(session, table.destination.schema, TABLE):
+        return known
+    candidate = _candidate(_records(session, table), table)
+    if candidate is None:
+        return known
+    counters = _counters(session, table)
+    if not any(one.size for one in counters.values()):
+        return None
+    emptied = [oid for oid in _changed(candidate, table) if not counters[oid].size]
+    return _with(table, _renewed(candidate, table, counters, candidate.rows, emptied))
+
+
 @dataclass(eq=False)
 class Writing:
     """One transaction's rows, for the registry.
@@ -527,19 +544,15 @@ def _found(session: Session, table: DestinationTable, records: Sequence[Record])
     legacy = _legacy(session, table, records)
     if legacy:
         return legacy
-    here = [one for one in records if _is_at(one, table)]
-    candidate = next(iter(here or records), None)
+    candidate = _candidate(records, table)
     counters = _counters(session, table)
     if candidate is None or not any(one.size for one in counters.values()):
-        return None
-    if table.filenode is None and candidate.oid_now != table.oid:
-        # Its partitions have other names and numbers, by which the ledger could not tell what went into which.
         return None
     if table.model.merge and _is_at(candidate, table) and table.filenode is not None:
         # A merge compares every row with the table: nothing depends on what the ledger says.
         return _renewed(candidate, table, counters, candidate.rows)
     known = _filenodes(candidate)
-    changed = [oid for oid, filenode in table.files.items() if known.get(oid) != filenode]
+    changed = _changed(candidate, table)
     emptied = [oid for oid in changed if not counters[oid].size]
     gone = [oid for oid in known if oid not in table.files]
     if emptied == changed and table.filenode is None and not (gone or any(oid in known for oid in changed)):
@@ -561,6 +574,22 @@ def _found(session: Session, table: DestinationTable, records: Sequence[Record])
         emptied = changed if others else emptied
     renewed = _renewed(candidate, table, counters, rows, emptied)
     return replace(renewed, rows_before=renewed.rows_before or (others and not table.model.merge))
+
+
+def _candidate(records: Sequence[Record], table: DestinationTable) -> Record | None:
+    """The record of which a table that has changed may be the table."""
+    here = [one for one in records if _is_at(one, table)]
+    candidate = next(iter(here or records), None)
+    if candidate and table.filenode is None and candidate.oid_now != table.oid:
+        # Its partitions have other names and numbers, by which the ledger could not tell what went into which.
+        return None
+    return candidate
+
+
+def _changed(candidate: Record, table: DestinationTable) -> list[int]:
+    """The oids of the relations with other files than the record has."""
+    known = _filenodes(candidate)
+    return [oid for oid, filenode in table.files.items() if known.get(oid) != filenode]
 
 
 def _deleted(candidate: Record, table: DestinationTable, counters: Mapping[int, _Counters]) -> int:
