@@ -148,9 +148,26 @@ def test_rows_deleted_by_hand_before_stay_deleted(
     assert counted(run(export, partition_key(hour)), name) == (0, ROWS)
     upgraded.execute(f"DELETE FROM {name} WHERE {KEY[name]} IN (SELECT max({KEY[name]}) FROM {name})")
     upgraded.execute(*filter(None, [statement.format(name)]))
-    if name != "compared":
-        assert counted(run(export, partition_key(hour - HOUR), partition_key(hour)), name) == (0, 2 * ROWS)
-        assert hold_each_once(upgraded, name, 2 * ROWS - 1)
+    assert counted(run(export, partition_key(hour - HOUR), partition_key(hour)), name) == (0, 2 * ROWS)
+    assert hold_each_once(upgraded, name, 2 * ROWS - 1)
+
+
+@pytest.mark.parametrize("name", APPENDED)
+def test_rows_copied_in_by_hand_before_do_not_land_twice(
+    source: Source, upgraded: Target, run: RunExport, hour: datetime, name: str
+) -> None:
+    newest = partition_key(hour + HOUR)
+    for number in (LATE, LATE + 1):
+        recorded.insert(source, number, hour + HOUR)
+    copy = export_of(name, upgraded, hour, name="copied", table="copied")
+    assert counted(run(copy, newest), name) == (2, 0)
+    [(columns,)] = upgraded.rows(
+        "SELECT string_agg(quote_ident(attname), ', ') FROM pg_attribute"
+        f" WHERE attrelid = '{name}'::regclass AND attnum > 0 AND NOT attisdropped"
+    )
+    upgraded.execute(f"INSERT INTO {name} ({columns}) SELECT {columns} FROM copied LIMIT 1")
+    assert counted(run(export_of(name, upgraded, hour), newest), name) == (1, 1)
+    assert hold_each_once(upgraded, name, 2 * ROWS + 2)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -128,11 +128,11 @@ FROM unnest($1::text::oid[]) AS file
 
 @dataclass(frozen=True)
 class File:
-    """One of the files with a table's rows: of a plain table its only one, of a partitioned one a leaf's.
+    """One of the files with a table's rows: its own, a partition's, or that of a table that inherits from it.
 
     Attributes:
         filenode: Postgres's number of the file now.
-        known_as: the number that the ledger's rows have it by.
+        known_as: the number that the ledger's rows have a partition's file by.
         inserted, deleted: rows that the statistics should have counted if exports alone write to it.
     """
 
@@ -175,6 +175,11 @@ class Record:
     in_ledger: bool = True
     added_rows: int = 0
     added: Mapping[int, int] = field(default_factory=dict)
+
+    @property
+    def is_partitioned(self) -> bool:
+        """Whether it has no file of its own."""
+        return self.oid_now not in self.files
 
     @property
     def is_unknown(self) -> bool:
@@ -325,11 +330,14 @@ def was_there(row: str) -> str:
     """The condition that a row of this alias was committed before the snapshot $1 (text) was taken.
 
     A row has the lower half of the number of the transaction that wrote it; the other half is that of the numbers within
-    2^31 of the snapshot.
+    2^31 of the snapshot. Of an older row, which Postgres has frozen, that makes a number that no transaction has had yet.
     """
     last = "(pg_snapshot_xmax($1::text::pg_snapshot)::text::bigint + 2147483648)"
     number = f"({last} - mod({last} - {row}.xmin::text::bigint, 4294967296))"
-    return f"pg_visible_in_snapshot({number}::text::xid8, $1::text::pg_snapshot)"
+    return (
+        f"(pg_visible_in_snapshot({number}::text::xid8, $1::text::pg_snapshot)"
+        f" OR {number} >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint)"
+    )
 
 
 def has_changed(session: Session, table: DestinationTable, since: str) -> bool:
@@ -555,16 +563,22 @@ def _found(session: Session, table: DestinationTable, records: Sequence[Record])
     changed = _changed(candidate, table)
     emptied = [oid for oid in changed if not counters[oid].size]
     gone = [oid for oid in known if oid not in table.files]
-    if emptied == changed and table.filenode is None and not (gone or any(oid in known for oid in changed)):
+    is_here, is_partitioned = _is_at(candidate, table), candidate.is_partitioned
+    if is_here and is_partitioned and emptied == changed and not (gone or any(oid in known for oid in changed)):
         # New partitions without rows. What the statistics should have counted of the others stays.
         renewed = _renewed(candidate, table, counters, candidate.rows, emptied)
         return replace(renewed, files={**renewed.files, **candidate.files})
     rows = _rows(session, table)
     deleted = _deleted(candidate, table, counters)
-    is_whole = candidate.rows is not None and rows > 0 and rows == candidate.rows - deleted
-    if table.filenode is not None:
-        is_same = is_whole and _has_samples(session, table, candidate)
-        return _renewed(candidate, table, counters, rows) if is_same else None
+    expected = None if candidate.rows is None else candidate.rows - deleted
+    is_whole = expected is not None and rows > 0 and rows == expected
+    if not (is_here and is_partitioned):
+        # More rows than expected of a table that has not moved: its own, and some that came by another way.
+        has_others = is_here and expected is not None and rows > expected
+        if not (is_whole or has_others) or not _has_samples(session, table, candidate):
+            return None
+        renewed = _renewed(candidate, table, counters, rows)
+        return replace(renewed, rows_before=renewed.rows_before or (has_others and not table.model.merge))
     if emptied == changed:
         # Partitions that have gone or were truncated took their rows along; the others' are all there.
         others = any(counters[oid].inserted > file.inserted for oid, file in candidate.files.items() if oid in counters)
@@ -580,7 +594,9 @@ def _candidate(records: Sequence[Record], table: DestinationTable) -> Record | N
     """The record of which a table that has changed may be the table."""
     here = [one for one in records if _is_at(one, table)]
     candidate = next(iter(here or records), None)
-    if candidate and table.filenode is None and candidate.oid_now != table.oid:
+    if candidate is None or candidate.is_partitioned != (table.filenode is None):
+        return None
+    if candidate.is_partitioned and candidate.oid_now != table.oid:
         # Its partitions have other names and numbers, by which the ledger could not tell what went into which.
         return None
     return candidate
@@ -611,9 +627,7 @@ def _renewed(
     """The record with so many rows and the table's files as they are now, some of which are others than they were."""
     files = {}
     for oid, filenode in table.files.items():
-        file = candidate.files.get(oid)
-        if file is None and table.filenode is not None:
-            [file] = candidate.files.values()
+        file = candidate.files.get(candidate.oid_now if oid == table.oid else oid)
         known_as = filenode if file is None or oid in others else file.known_as
         files[oid] = File(filenode, known_as, counters[oid].inserted, counters[oid].deleted)
     # What other slots have added of other files does not count in these.
@@ -651,11 +665,12 @@ def _legacy(session: Session, table: DestinationTable, records: Sequence[Record]
     counters = _counters(session, table)
     if not intervals or (inserted and not any(one.size for one in counters.values())):
         return None
-    rows = int(str(known)) if is_exact and not rows_before else None
-    rows = None if table.model.merge else rows
+    # Counted once, as the ledger knows neither the rows before it nor those that were deleted by hand.
+    rows = None if table.model.merge else _rows(session, table)
+    has_others = bool(rows_before) or (rows is not None and bool(is_exact) and rows > int(str(known)))
     teams = tuple(json.loads(str(team_ids)))
     files = _files(table, counters)
-    return Record(oid, filenode, table.model.name, teams, bool(rows_before), table.place, table.oid, rows, files)
+    return Record(oid, filenode, table.model.name, teams, has_others, table.place, table.oid, rows, files)
 
 
 def _new(session: Session, table: DestinationTable, records: Sequence[Record]) -> Record:

@@ -79,7 +79,8 @@ class DestinationTable:
     Attributes:
         pairs: the columns that both sides have.
         oid, filenode: the identity that DROP and TRUNCATE change; a partitioned table has no filenode.
-        files: the filenode of each relation that holds its rows, by its oid: of the table itself, or of its partitions.
+        files: the filenode of each relation that holds its rows, by its oid: of the table itself, of its partitions, and of
+            tables that inherit from it.
         may_drop_rows: triggers or rules of the user's own see rows that are written, and may drop or move them.
         lacking: the model's columns, optional ones among them, that the table has not.
         place: the cluster and the database that it is in.
@@ -272,18 +273,30 @@ class _Relation:
 def _relation(session: Session, destination: Destination) -> _Relation | None:
     rows = session.rows(
         """
-        WITH
+        WITH RECURSIVE
             relation AS (
                 SELECT c.oid, c.relkind, c.relhasrules
                 FROM pg_class AS c
                 JOIN pg_namespace AS n ON n.oid = c.relnamespace
                 WHERE n.nspname = $1 AND c.relname = $2
             ),
+            heirs AS (
+                SELECT i.inhrelid AS oid
+                FROM relation AS r
+                JOIN pg_inherits AS i ON i.inhparent = r.oid
+                WHERE r.relkind = 'r'
+                UNION
+                SELECT i.inhrelid
+                FROM heirs AS h
+                JOIN pg_inherits AS i ON i.inhparent = h.oid
+            ),
             leaves AS (
                 SELECT t.relid AS oid
                 FROM relation AS r
                 CROSS JOIN pg_partition_tree(r.oid) AS t
                 WHERE r.relkind = 'p' AND t.isleaf
+                UNION ALL
+                SELECT oid FROM heirs
             )
         SELECT
             r.oid::bigint,
@@ -319,8 +332,8 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
     if not rows:
         return None
     [(oid, kind, filenode, leaves, triggers, unsafe, place)] = rows
-    numbers = json.loads(str(leaves or "{}")) if filenode is None else {oid: filenode}
-    # A foreign partition has no file.
+    numbers = {oid: filenode, **json.loads(str(leaves or "{}"))}
+    # A partitioned table has no file, nor has a foreign partition.
     files = {int(str(file)): int(str(number)) for file, number in numbers.items() if number is not None}
     return _Relation(
         int(str(oid)),

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from pg_exports import PostgresExport
+from pg_exports.postgres import registry
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import with_own_postgres
 from pg_exports_tests.source_rows import HOUR, event, export_of, mapping, person
+from pg_exports_tests.test_late_rows import asked
 
 REWRITES = [
     "VACUUM FULL events",
@@ -183,16 +185,57 @@ def test_a_table_restored_into_a_cluster_set_up_alike_is_known_by_its_rows_not_b
     assert run(export, partition_key(hour), postgres=first.resource()).counts == (1, 0, 5)
 
 
+def test_a_partitioned_table_restored_without_a_partitions_rows_loads_them_again(
+    source: Source, clusters: tuple[Target, Target], run: RunExport, hour: datetime
+) -> None:
+    first, second = clusters
+    june = datetime.fromisoformat("2026-06-15T12:00:00+00:00")
+    for target in clusters:
+        target.execute(*BY_MONTH)
+        ran = run(export_of("events", target, hour), partition_key(hour - HOUR), postgres=target.resource())
+        assert ran.counts == (0, 0, 0)
+    source.insert("events", *(event(hour, timestamp=june) for _ in range(3)), event(hour), event(hour))
+    export = export_of("events", first, hour)
+    assert run(export, partition_key(hour), postgres=first.resource()).counts == (5, 0, 0)
+    assert identity(first) == identity(second)
+    second.execute(*(f"DELETE FROM {table}" for table in OF_EXPORTS))
+    tables = (f"--table=public.{table}" for table in (*OF_EXPORTS, "others"))
+    restore(second, script_of(first, "--data-only", *tables))
+    assert run(export, partition_key(hour), postgres=second.resource()).counts == (3, 0, 2)
+    assert each_once(second, 5)
+
+
+def test_a_plain_table_in_the_place_of_a_partitioned_one_is_compared_with(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    target.execute(*BY_MONTH)
+    source.insert("events", *(event(hour) for _ in range(3)))
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (3, 0, 0)
+    target.execute(
+        "ALTER TABLE events RENAME TO parted",
+        "CREATE TABLE events AS SELECT * FROM parted",
+        f"GRANT INSERT, SELECT ON events TO {ROLE}",
+    )
+    source.insert("events", event(hour))
+    assert run(export, partition_key(hour)).counts == (1, 0, 3)
+    assert each_once(target, 4)
+    # And back.
+    target.execute("DROP TABLE events", "ALTER TABLE parted RENAME TO events")
+    assert run(export, partition_key(hour)).counts == (1, 0, 3)
+    assert each_once(target, 4)
+
+
 # Rows that came by another way
 
 
 Brought = Callable[[Target, list[dict[str, object]]], None]
 
 
-def by_insert(target: Target, rows: list[dict[str, object]]) -> None:
+def by_insert(target: Target, rows: list[dict[str, object]], table: str = "events") -> None:
     for row in rows:
         target.execute(
-            "INSERT INTO events (uuid, event, distinct_id, team_id, timestamp)"
+            f"INSERT INTO {table} (uuid, event, distinct_id, team_id, timestamp)"
             f" VALUES ('{row['uuid']}', '{row['event']}', '{row['distinct_id']}', 1, now())"
         )
 
@@ -216,6 +259,40 @@ def test_rows_that_were_copied_in_by_hand_between_two_runs_do_not_land_twice(
     assert ran.counts == (2, 0, 2)
     assert any("came into" in line for line in ran.log)
     assert target.rows("SELECT count(*) - count(DISTINCT uuid) FROM events") == [(0,)]
+
+
+def test_a_table_that_was_rewritten_after_rows_were_copied_in_is_the_one_that_it_was(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    rows = [event(hour) for _ in range(6)]
+    later = [event(hour + HOUR) for _ in range(2)]
+    source.insert("events", *rows, *later)
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (6, 0, 0)
+    target.execute(f"DELETE FROM events WHERE uuid = '{rows[0]['uuid']}'")
+    by_insert(target, later[:1])
+    target.execute("VACUUM FULL events")
+    source.insert("events", event(hour))
+    assert asked(export, source, target) == [partition_key(hour)]
+    assert run(export, partition_key(hour + HOUR)).counts == (1, 0, 1)
+    assert asked(export, source, target) == [partition_key(hour)]
+    assert run(export, partition_key(hour)).counts == (1, 0, 6)
+    assert each_once(target, 8)
+
+
+def test_an_old_table_that_inherits_from_the_destination_is_compared_with(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    later = [event(hour + HOUR) for _ in range(3)]
+    source.insert("events", event(hour), *later)
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+    target.execute("CREATE TABLE old (LIKE events INCLUDING ALL)")
+    by_insert(target, later[:2], "old")
+    target.execute("ALTER TABLE old INHERIT events")
+    assert run(export, partition_key(hour + HOUR)).counts == (1, 0, 2)
+    assert run(export, partition_key(hour)).counts == (0, 0, 1)
+    assert each_once(target, 4)
 
 
 def test_an_old_table_attached_as_a_partition_is_compared_with(
@@ -329,3 +406,24 @@ def test_a_merged_table_that_was_rewritten_goes_on(
     target.execute("VACUUM FULL persons")
     assert run(export, partition_key(hour)).counts == (0, 0, 1)
     assert target.rows("SELECT count(DISTINCT (table_oid, table_filenode)) FROM pg_exports_ledger") == [(1,)]
+
+
+# What a snapshot had seen
+
+
+@pytest.mark.parametrize(
+    ("behind", "was_there"),
+    [(10, True), (2**31 - 1000, True), (2**31 + 1000, True), (3 * 10**9, True), (-10, False)],
+    ids=["just now", "long ago", "frozen", "frozen long ago", "after it"],
+)
+def test_a_row_was_there_or_not_however_many_transactions_ago_it_was_written(
+    sandbox: Sandbox, behind: int, was_there: bool
+) -> None:
+    for _ in range(20):
+        sandbox.postgres.execute("SELECT txid_current()")
+    [(now,)] = sandbox.postgres.rows("SELECT txid_current()")
+    snapshot = int(str(now)) - 15
+    xmin = (snapshot - behind) % 2**32
+    condition = registry.was_there("r").replace("$1", f"'{snapshot}:{snapshot}:'")
+    row = f"(SELECT '{xmin}'::xid AS xmin) AS r"
+    assert sandbox.postgres.rows(f"SELECT {condition} FROM {row}") == [(was_there,)]

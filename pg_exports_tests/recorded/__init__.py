@@ -57,7 +57,7 @@ PARTITIONED = (
 )
 
 
-def export_of(name: str, target: Target, hour: datetime, **changes: Any) -> PostgresExport:
+def export_of(name: str, target: Target, hour: datetime, /, **changes: Any) -> PostgresExport:
     """One of the exports into the test's schema."""
     settings = {"team_id": TEAM, "schema": target.schema, "start": hour - 36 * HOUR, **EXPORTS[name], **changes}
     return PostgresExport(**settings)
