@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pg_exports import PostgresExport
 from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.source_rows import HOUR, event, export_of
@@ -53,6 +54,75 @@ def test_an_event_that_was_changed_lands_changed_after_the_journals_were_pruned(
     assert run(export, partition_key(hour)).counts == (0, 1, 29)
     assert plans(target)[str(rows[3]["uuid"])] == "pro"
     assert list(plans(target).values()).count("free") == 29
+
+
+@pytest.mark.parametrize(
+    "former", [{"name": "former"}, {"name": "quarters", "interval": "every 15 minutes"}], ids=["name", "length"]
+)
+def test_an_event_that_was_changed_lands_changed_by_the_first_run_of_another_export(
+    source: Source, target: Target, run: RunExport, hour: datetime, former: dict[str, Any]
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    rows = [event(hour, properties='{"plan": "free"}', distinct_id=str(number)) for number in range(3)]
+    source.insert("events", *rows)
+    before = export_of("events", target, hour, table="events", **former)
+    assert run(before, partition_key(hour)).counts == (3, 0, 0)
+    source.insert("events", sent_again(rows[0], hour + MINUTE, properties='{"plan": "pro"}'))
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (0, 1, 2)
+    assert plans(target)[str(rows[0]["uuid"])] == "pro"
+    # What another export has replaced is not undone.
+    assert run(before, partition_key(hour)).counts == (0, 0, 3)
+    assert plans(target)[str(rows[0]["uuid"])] == "pro"
+
+
+def test_what_has_changed_is_looked_for_only_if_something_may_have(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour), event(hour))
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour - HOUR), partition_key(hour)).counts == (2, 0, 0)
+    reads = len(source.columns_read("events"))
+    source.insert("events", event(hour))
+    renamed = export_of("events", target, hour, name="renamed", table="events")
+    assert run(renamed, partition_key(hour)).counts == (1, 0, 2)
+    assert run(renamed, partition_key(hour + HOUR)).counts == (0, 0, 0)
+    # A range's rows, and of the hours by the new name the fingerprint, the rows, and the rows of a new hour.
+    assert (reads, len(source.columns_read("renamed"))) == (2, 3)
+
+
+VISITS: dict[str, Any] = {
+    "name": "visits",
+    "query": "SELECT * FROM visits WHERE inserted_at >= {interval_start} AND inserted_at < {interval_end}",
+    "columns": {"page": "TEXT", "referrer": "TEXT", "state": "TEXT"},
+    "key": ["page", "referrer"],
+}
+
+
+@pytest.fixture
+def visits(source: Source, hour: datetime) -> Source:
+    """A table of the user's own with two rows of the hour."""
+    source.execute(
+        "CREATE TABLE visits (page String, referrer Nullable(String), state String, device String,"
+        " inserted_at DateTime64(6, 'UTC')) ENGINE = MergeTree ORDER BY page"
+    )
+    row = {"page": "/", "state": "old", "device": "phone", "inserted_at": hour}
+    source.insert("visits", row | {"referrer": "a"}, row | {"referrer": "b"})
+    return source
+
+
+def change(visits: Source) -> None:
+    visits.execute("ALTER TABLE visits UPDATE state = 'new' WHERE 1 SETTINGS mutations_sync = 1")
+
+
+def test_a_row_that_was_changed_lands_changed_by_the_first_run_with_other_columns(
+    visits: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    assert run(PostgresExport(model=VISITS, start=hour, schema=target.schema), partition_key(hour)).counts == (2, 0, 0)
+    change(visits)
+    wider = VISITS | {"columns": VISITS["columns"] | {"device": "TEXT"}}
+    assert run(PostgresExport(model=wider, start=hour, schema=target.schema), partition_key(hour)).counts == (0, 2, 0)
+    assert target.rows("SELECT DISTINCT state FROM visits") == [("new",)]
 
 
 def test_a_role_that_may_not_update_is_told_so_when_an_event_has_changed(

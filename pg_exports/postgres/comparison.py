@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from pg_exports.fingerprint import Fingerprint
+from pg_exports.fingerprint import Fingerprint, scheme_of
 from pg_exports.interval import Interval, OnBadRows
 from pg_exports.models import IDENTITY, INTERVAL, STATE, Model, Query, Selection
 from pg_exports.models.model import backquoted
@@ -273,7 +273,7 @@ class Sides:
         if entry is None:
             return Compared(fingerprint, None, present, rejected=set_aside)
         # Without journals, or with those of another scheme, they do not tell what was read.
-        scheme = [*entry.fingerprint.split(":", 3)[3:], ""][0]
+        scheme = scheme_of(entry.fingerprint)
         is_comparable = (
             scheme == model.fingerprint_scheme if model.merge else scheme.split(":")[0] == model.identity_scheme
         )

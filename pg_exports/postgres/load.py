@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from pg_exports.errors import PassingError
-from pg_exports.fingerprint import Fingerprint
+from pg_exports.fingerprint import Fingerprint, scheme_of
 from pg_exports.interval import Interval, IntervalFrames, Seconds
 from pg_exports.models import IDENTITY, INTERVAL, STATE, Part
 from pg_exports.models.model import WHOLE
@@ -85,16 +85,17 @@ class Loading:
         Args:
             tally: of all of the interval's rows.
         """
-        kept = self._past.own_fingerprint
-        is_comparable = bool(kept) and str(kept).split(":", 3)[3:] == [self.export.model.fingerprint_scheme]
-        if not is_comparable or self.export.model.merge:
+        past, model = self._past, self.export.model
+        if model.merge or not past.has_interval:
             return False
-        if not self._past.is_journaled:
-            # Which rows are new is not known: late ones, too, make another fingerprint.
-            return str(tally.fingerprint) != kept
-        # Without those that landed now, the rows are the ones that the run before met, if none of them has changed; it
-        # rejected some of them, which may land now.
-        met = tally.fingerprint - tally.landed
+        # Without those that landed now, the rows are the ones that earlier runs met, if none of them has changed. Where the
+        # journals do not tell which rows are new, late ones, too, make another fingerprint.
+        met = tally.fingerprint - tally.landed if past.is_journaled else tally.fingerprint
+        kept = past.own_fingerprint or ""
+        if scheme_of(kept) != model.fingerprint_scheme:
+            # Another export wrote the interval, or this one with other columns.
+            return str(met) not in past.fingerprints
+        # The run before rejected some rows, which may land now.
         return kept not in (str(met), str(met + tally.unrejected))
 
 
