@@ -91,7 +91,7 @@ def test_what_has_changed_is_looked_for_only_if_something_may_have(
     assert (reads, len(source.columns_read("renamed"))) == (2, 3)
 
 
-VISITS: dict[str, Any] = {
+VISITS: Any = {
     "name": "visits",
     "query": "SELECT * FROM visits WHERE inserted_at >= {interval_start} AND inserted_at < {interval_end}",
     "columns": {"page": "TEXT", "referrer": "TEXT", "state": "TEXT"},
@@ -101,13 +101,13 @@ VISITS: dict[str, Any] = {
 
 @pytest.fixture
 def visits(source: Source, hour: datetime) -> Source:
-    """A table of the user's own with two rows of the hour."""
+    """A table of the user's own with two rows of the hour, in one of which a column of the key is NULL."""
     source.execute(
         "CREATE TABLE visits (page String, referrer Nullable(String), state String, device String,"
         " inserted_at DateTime64(6, 'UTC')) ENGINE = MergeTree ORDER BY page"
     )
     row = {"page": "/", "state": "old", "device": "phone", "inserted_at": hour}
-    source.insert("visits", row | {"referrer": "a"}, row | {"referrer": "b"})
+    source.insert("visits", row | {"referrer": None}, row | {"referrer": "a"})
     return source
 
 
@@ -122,6 +122,16 @@ def test_a_row_that_was_changed_lands_changed_by_the_first_run_with_other_column
     change(visits)
     wider = VISITS | {"columns": VISITS["columns"] | {"device": "TEXT"}}
     assert run(PostgresExport(model=wider, start=hour, schema=target.schema), partition_key(hour)).counts == (0, 2, 0)
+    assert target.rows("SELECT DISTINCT state FROM visits") == [("new",)]
+
+
+def test_a_row_that_was_changed_lands_changed_if_a_column_of_its_key_is_null(
+    visits: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    export = PostgresExport(model=VISITS, start=hour, schema=target.schema)
+    assert run(export, partition_key(hour)).counts == (2, 0, 0)
+    change(visits)
+    assert run(export, partition_key(hour)).counts == (0, 2, 0)
     assert target.rows("SELECT DISTINCT state FROM visits") == [("new",)]
 
 

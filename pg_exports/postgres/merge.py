@@ -202,7 +202,7 @@ def replace_changed(session: Session, table: DestinationTable, staging: str) -> 
                 count(*) OVER (PARTITION BY {", ".join(f"s.{name}" for name in key)}) AS copies,
                 ({_values(table, "s")}) IS DISTINCT FROM ({_values(table, "d")}) AS has_changed
             FROM {quoted(table.destination.schema, staging)} AS s
-            JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
+            JOIN {table.qualified} AS d ON {_is_same(table)}
         ),
         changed AS (SELECT * FROM pairs WHERE copies = 1 AND has_changed)
     """
@@ -357,13 +357,20 @@ def _there(table: DestinationTable, staging: str) -> str:
 
 def _is_there(table: DestinationTable) -> str:
     """The condition that `d`, of the destination, is the row `s` of the staging table, or may be it."""
-    key = [quoted(name) for name in table.model.key if name in table.column_names]
     if table.model.key_may_be_null:
-        # NULL is a value like any other here. A join that takes NULL for equal can be a hash join with the hash alone.
-        sides = [f"hash_record_extended(ROW({', '.join(f'{side}.{name}' for name in key)}), 0)" for side in "sd"]
-        return " AND ".join([" = ".join(sides), *(f"d.{name} IS NOT DISTINCT FROM s.{name}" for name in key)])
-    first, *others = key
+        return _is_same(table)
+    first, *others = (quoted(name) for name in table.model.key if name in table.column_names)
     return " AND ".join([f"d.{first} = s.{first}", *(f"(d.{name} = s.{name} OR d.{name} IS NULL)" for name in others)])
+
+
+def _is_same(table: DestinationTable) -> str:
+    """The condition that `d`, of the destination, has the key of `s`, of the staging table."""
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    if not table.model.key_may_be_null:
+        return " AND ".join(f"d.{name} = s.{name}" for name in key)
+    # NULL is a value like any other here. A join that takes NULL for equal can be a hash join with the hash alone.
+    sides = [f"hash_record_extended(ROW({', '.join(f'{side}.{name}' for name in key)}), 0)" for side in "sd"]
+    return " AND ".join([" = ".join(sides), *(f"d.{name} IS NOT DISTINCT FROM s.{name}" for name in key)])
 
 
 def _missing(table: DestinationTable, staging: str) -> str:
