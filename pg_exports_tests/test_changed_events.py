@@ -135,6 +135,47 @@ def test_a_row_that_was_changed_lands_changed_if_a_column_of_its_key_is_null(
     assert target.rows("SELECT DISTINCT state FROM visits") == [("new",)]
 
 
+@pytest.mark.parametrize("streams", [1, 3])
+def test_an_event_that_was_changed_to_a_bad_one_is_set_aside_until_it_is_fixed(
+    source: Source, target: Target, run: RunExport, hour: datetime, streams: int
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    bad = event(hour, properties='{"plan": "\\u0000"}')
+    rows = [event(hour, properties='{"plan": "free"}', distinct_id=str(number)) for number in range(9)]
+    source.insert("events", bad, *rows)
+    export = export_of("events", target, hour, on_bad_rows="reject", streams=streams)
+    assert run(export, partition_key(hour)).counts == (9, 0, 0)
+    entries = "SELECT key->>'uuid', resolved_at IS NOT NULL FROM pg_exports_rejected ORDER BY rejected_at"
+    assert target.rows(entries) == [(str(bad["uuid"]), False)]
+    source.insert("events", sent_again(rows[0], hour + MINUTE, properties='{"plan": "pro\\u0000"}'))
+    # Once more as it is: no run takes the row for resolved.
+    for _ in range(2):
+        ran = run(export, partition_key(hour))
+        assert ran.counts == (0, 0, 8)
+        assert ran.metadata[partition_key(hour)]["rows_rejected"] == 2
+        assert ran.reconciliation.passed
+        assert "2 rows were set aside" in (ran.checks["bad_rows"].description or "")
+        assert sorted(target.rows(entries)) == sorted((str(row["uuid"]), False) for row in (bad, rows[0]))
+    source.insert("events", sent_again(rows[0], hour + 2 * MINUTE, properties='{"plan": "pro"}'))
+    ran = run(export, partition_key(hour))
+    assert ran.counts == (0, 1, 8)
+    assert ran.metadata[partition_key(hour)]["rows_rejected"] == 1
+    assert sorted(target.rows(entries)) == sorted([(str(bad["uuid"]), False), (str(rows[0]["uuid"]), True)])
+    assert plans(target)[str(rows[0]["uuid"])] == "pro"
+
+
+def test_an_event_that_was_changed_to_a_bad_one_fails_the_run_if_bad_rows_do(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    row = event(hour)
+    source.insert("events", row)
+    export = export_of("events", target, hour, on_bad_rows="fail")
+    assert run(export, partition_key(hour)).counts == (1, 0, 0)
+    source.insert("events", sent_again(row, hour + MINUTE, properties='{"plan": "\\u0000"}'))
+    assert str(row["uuid"]) in (run(export, partition_key(hour)).error or "")
+
+
 def test_a_role_that_may_not_update_is_told_so_when_an_event_has_changed(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:

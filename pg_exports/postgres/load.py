@@ -99,27 +99,6 @@ class Loading:
         return kept not in (str(met), str(met + tally.unrejected))
 
 
-def replace_changed(loading: Loading, session: Session) -> int:
-    """Read an interval of an appended model once more, and replace the rows of the table that differ from the source's.
-
-    An event is changed by sending it again: in one interval it keeps its identity, and so its place in the journals.
-
-    Returns:
-        How many rows were replaced.
-
-    Raises:
-        DestinationError, SourceError, PassingError: as `Load.copy`; DestinationError also if the role may not update.
-    """
-    with merge.staging_table(session, loading.table) as staging:
-        with loading.export.source.read(loading.intervals, loading.table.column_names) as frames:
-            # What cannot be sent was set aside when it was read first.
-            ingest.copy_frames(
-                session, loading.table, staging, frames, loading.export.on_bad_rows, set_aside=lambda rows: None
-            )
-        _advise_index(session, loading.table, loading.log)
-        return merge.replace_changed(session, loading.table, staging)
-
-
 def may_go_straight_in(export: IntervalFrames, table: DestinationTable) -> bool:
     """Whether rows that no earlier run has brought are not in the table, and stay when COPY has taken them."""
     if export.replay:
@@ -212,7 +191,8 @@ class Load:
             answer = loading.export.source.read(loading.intervals, loading.table.column_names, self.part)
             frames = self._answer.enter_context(answer)
             self.seconds.source += time.monotonic() - began
-            every = unresolved.watch(counted(self._until_stopped(frames), self.tallies))
+            known = self._sieve.keys if self._sieve else NOTHING.keys
+            every = unresolved.watch(counted(self._until_stopped(frames), self.tallies), known)
             if loading.export.model.merge:
                 every = self._recorded_as_read(every, record)
             copied = ingest.copy_frames(
@@ -261,6 +241,38 @@ class Load:
             self._unresolved.resolve(tally.interval for tally in self.tallies.values() if not tally.merged.missing)
         self._writing.end(sum(tally.merged.inserted for tally in self.tallies.values()))
         self.seconds.merge += time.monotonic() - began
+
+    @property
+    def has_rejected_known(self) -> bool:
+        """Whether an earlier run has rejected rows that are in the table in another state."""
+        return self._unresolved is not None and self._unresolved.has_known
+
+    def replace_changed(self) -> None:
+        """Read all rows of the only interval, of an appended model, once more, and replace the rows of the table that differ
+        from the source's. To be called after `bring_in`.
+
+        An event is changed by sending it again: in one interval it keeps its identity, and so its place in the journals.
+
+        Raises:
+            DestinationError, SourceError, PassingError: as `copy`; DestinationError also if the role may not update.
+        """
+        table, export, log = self.loading.table, self.loading.export, self.loading.log
+        [tally] = self.tallies.values()
+        assert self._unresolved
+
+        def set_aside(bad: list[BadRow]) -> None:
+            if self._sieve:
+                tally.known -= len(bad)
+                self._set_aside(bad)
+
+        with merge.staging_table(self.session, table) as staging:
+            with export.source.read(self.loading.intervals, table.column_names) as frames:
+                # The others have landed as they are now, or were set aside, when they were read first.
+                some = self._unresolved.watch(self._sieve.kept_back(frames)) if self._sieve else frames
+                ingest.copy_frames(self.session, table, staging, some, export.on_bad_rows, set_aside)
+            _advise_index(self.session, table, log)
+            tally.merged += Merged(0, merge.replace_changed(self.session, table, staging))
+        self._unresolved.resolve([tally.interval])
 
     def stop(self) -> None:
         """From another thread: have `copy` end soon, with an error."""

@@ -11,10 +11,11 @@ from typing import TypeVar
 import polars as pl
 
 from pg_exports.interval import Interval
-from pg_exports.models import INTERVAL, STATE
+from pg_exports.models import IDENTITY, INTERVAL, STATE
 from pg_exports.postgres import bad_rows, schemas
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.identifiers import quoted
+from pg_exports.postgres.journal import NOTHING, among
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 
@@ -117,28 +118,44 @@ class Unresolved:
         self._rejected: dict[Interval, set[str]] = {interval: set() for interval in self._entries}
         self.states: list[int] = []
         """The states of the rows that were met."""
+        self.has_known = False
+        """Whether a row of an entry was among the known ones."""
 
     @property
     def intervals(self) -> Collection[Interval]:
         """The intervals that have any."""
         return self._entries.keys()
 
-    def watch(self, frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
-        """The frames as they are, with a note of the entries whose rows they hold."""
+    def watch(self, frames: Iterable[pl.DataFrame], known: pl.Series = NOTHING.keys) -> Iterator[pl.DataFrame]:
+        """The frames as they are, with a note of the entries whose rows they hold.
+
+        Args:
+            frames: rows with their keys, and the columns beside them.
+            known: identities (ascending) of rows that are in the table and are not compared with it now: the source may have
+                them in another state, which is the one that was rejected. Their entries do not count as met.
+        """
         if not self._entries:
             yield from frames
             return
         for frame in frames:
             keys = bad_rows.keys(frame, self._model)
-            for position, key, state in zip(frame[INTERVAL], keys, frame[STATE], strict=True):
-                if (interval := self._by_position.get(position)) and self._note(self._met, interval, key):
+            columns = frame[INTERVAL], keys, frame[STATE], among(frame[IDENTITY], known)
+            for position, key, state, is_known in zip(*columns, strict=True):
+                interval = self._by_position.get(position)
+                if interval is None or not self._is_entry(interval, key):
+                    continue
+                if is_known:
+                    self.has_known = True
+                else:
+                    self._met[interval].add(_hashed(key))
                     self.states.append(state)
             yield frame
 
     def reject(self, interval: Interval, rows: Iterable[BadRow]) -> None:
         """Rows that were rejected now."""
         for row in rows:
-            self._note(self._rejected, interval, row.key)
+            if self._is_entry(interval, row.key):
+                self._rejected[interval].add(_hashed(row.key))
 
     def resolve(self, intervals: Iterable[Interval]) -> None:
         """Resolve the entries of these intervals whose row was met and not rejected. All their other rows have landed."""
@@ -155,13 +172,12 @@ class Unresolved:
                     doing="resolving rejected rows",
                 )
 
-    def _note(self, where: dict[Interval, set[str]], interval: Interval, key: str) -> bool:
-        """Whether the interval has an entry of this key, which is noted."""
-        hashed = md5(key.encode(), usedforsecurity=False).hexdigest()
-        is_entry = hashed in self._entries.get(interval, ())
-        if is_entry:
-            where[interval].add(hashed)
-        return is_entry
+    def _is_entry(self, interval: Interval, key: str) -> bool:
+        return _hashed(key) in self._entries.get(interval, ())
+
+
+def _hashed(key: str) -> str:
+    return md5(key.encode(), usedforsecurity=False).hexdigest()
 
 
 def unresolved(

@@ -20,8 +20,7 @@ from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Secon
 from pg_exports.postgres import ledger, locks, registry, rejected, streams
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.ledger import Past, Written
-from pg_exports.postgres.load import Load, Loading, may_go_straight_in, replace_changed
-from pg_exports.postgres.merge import Merged
+from pg_exports.postgres.load import Load, Loading, may_go_straight_in
 from pg_exports.postgres.progress import Progress
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination, DestinationTable
@@ -182,9 +181,11 @@ def _load(
         outcome.repaired += part.repaired
     for position in parts[0].tallies:
         tally = combined([part.tallies[position] for part in parts])
-        if len(loading.intervals) == 1 and loading.may_have_changed(tally):
-            replaced = replace_changed(loading, session)
-            parts[0].tallies[position].merged += Merged(0, replaced)
+        if len(loading.intervals) == 1 and (
+            loading.may_have_changed(tally) or any(part.has_rejected_known for part in parts)
+        ):
+            parts[0].replace_changed()
+            tally = combined([part.tallies[position] for part in parts])
         outcome.rejected += tally.examples
         outcome.times[tally.interval] = tally.times
     return _written(loading, parts)
