@@ -176,6 +176,27 @@ def test_an_event_that_was_changed_to_a_bad_one_fails_the_run_if_bad_rows_do(
     assert str(row["uuid"]) in (run(export, partition_key(hour)).error or "")
 
 
+def test_what_has_changed_is_reported_if_the_table_cannot_be_asked_and_what_is_late_lands(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    target.execute(
+        "CREATE TABLE events (uuid text, event text, properties jsonb, team_id int)",
+        f"GRANT INSERT, SELECT, UPDATE ON events TO {ROLE}",
+    )
+    rows = [event(hour, properties='{"plan": "free"}') for _ in range(3)]
+    source.insert("events", *rows)
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).counts == (3, 0, 0)
+    source.insert("events", sent_again(rows[0], hour + MINUTE, properties='{"plan": "pro"}'), event(hour))
+    ran = run(export, partition_key(hour))
+    assert ran.counts == (1, 0, 3)
+    [warning] = [entry for entry in ran.log if "stay as they are" in entry]
+    assert "has no distinct_id" in warning
+    assert "Set its `table` to another table" in warning
+    assert run(export, partition_key(hour)).counts == (0, 0, 4)
+
+
 def test_a_role_that_may_not_update_is_told_so_when_an_event_has_changed(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:

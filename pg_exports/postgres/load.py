@@ -191,7 +191,7 @@ class Load:
             answer = loading.export.source.read(loading.intervals, loading.table.column_names, self.part)
             frames = self._answer.enter_context(answer)
             self.seconds.source += time.monotonic() - began
-            known = self._sieve.keys if self._sieve else NOTHING.keys
+            known = self._sieve.keys if self._sieve and not loading.table.why_not_asked else NOTHING.keys
             every = unresolved.watch(counted(self._until_stopped(frames), self.tallies), known)
             if loading.export.model.merge:
                 every = self._recorded_as_read(every, record)
@@ -258,6 +258,12 @@ class Load:
         """
         table, export, log = self.loading.table, self.loading.export, self.loading.log
         [tally] = self.tallies.values()
+        if table.why_not_asked:
+            log.warning(
+                f"Rows of {tally.interval} have changed in ClickHouse, or were erased there. Those in {table.qualified} stay "
+                f"as they are. {table.why_not_asked}"
+            )
+            return
         assert self._unresolved
 
         def set_aside(bad: list[BadRow]) -> None:
