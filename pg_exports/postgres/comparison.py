@@ -246,7 +246,12 @@ class Sides:
         if self.table is not None:
             with undone(self.session):
                 recorded = journal.read(self.session, self.table, self.team_id, self.export, intervals)
-                set_aside = rejected.unresolved(self.session, self.table, self.export, intervals)
+                exports = {
+                    interval: entry.export
+                    for interval in intervals
+                    if (entry := entries.get((interval.start, interval.end)))
+                }
+                set_aside = rejected.unresolved(self.session, self.table, exports)
         of_interval = {int(start): some for (start,), some in rows.partition_by(INTERVAL, as_dict=True).items()}
         comparison = Comparison()
         for interval in intervals:

@@ -170,7 +170,9 @@ class Load:
         several = len(loading.intervals) > 1
         self._writing.begin()
         self._read_since = merge.snapshot(self.session)
-        unresolved = Unresolved(self.session, loading.table, loading.export.export, loading.intervals)
+        unresolved = Unresolved(
+            self.session, loading.table, loading.export.export, loading.export.team_id, loading.intervals
+        )
         self._unresolved = unresolved
         if not loading.goes_straight_in:
             staging = merge.staging_table(self.session, loading.table, of_several_intervals=several)

@@ -97,7 +97,7 @@ def write(
             return Outcome({interval: counts for interval in alike if (counts := pasts[interval].by_this_run)})
         if way is _Way.RECORDED:
             # Rejected rows may have landed by another way since: only those that are read can be found to be there.
-            rejects = rejected.Unresolved(session, table, export.export, alike).intervals
+            rejects = rejected.Unresolved(session, table, export.export, export.team_id, alike).intervals
             complete = list(itertools.takewhile(lambda interval: interval not in rejects, alike))
             written = _unchanged(export, complete, pasts, outcome) if complete else {}
         else:
