@@ -10,6 +10,7 @@ from pg_exports import PostgresExport
 from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.source_rows import HOUR, event, export_of
+from pg_exports_tests.test_late_rows import asked
 
 MINUTE = timedelta(minutes=1)
 
@@ -268,6 +269,48 @@ def test_with_replace_the_newest_of_an_event_in_several_intervals_is_there_once(
     target.execute("TRUNCATE events")
     assert run(export, partition_key(hour), partition_key(hour + HOUR)).error is None
     assert plans(target)[str(rows[0]["uuid"])] == "pro"
+    assert target.count("events") == 4
+
+
+def test_from_replace_to_interval_no_row_is_set_aside_or_older_than_it_was(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    row = event(hour, properties='{"plan": "free"}')
+    source.insert("events", row, event(hour))
+    source.insert("events", sent_again(row, hour + HOUR, properties='{"plan": "pro"}'))
+    replacing = export_of("events", target, hour, **REPLACE)
+    assert run(replacing, partition_key(hour), partition_key(hour + HOUR)).counts[0] == 2
+    source.insert("events", event(hour))
+    export = export_of("events", target, hour)
+    for inserted in (1, 0):
+        ran = run(export, partition_key(hour))
+        assert ran.counts == (inserted, 0, 3 - inserted)
+        assert ran.checks["bad_rows"].passed
+        assert ran.checks["erased_rows"].passed
+        assert plans(target)[str(row["uuid"])] == "pro"
+    assert target.count("events") == 3
+
+
+def test_from_interval_to_replace_the_newest_of_each_event_stays_once(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute("SYSTEM STOP MERGES events")
+    row = event(hour, properties='{"plan": "free"}')
+    source.insert("events", row, event(hour))
+    assert run(export_of("events", target, hour), partition_key(hour)).counts == (2, 0, 0)
+    target.execute(
+        "ALTER TABLE events ADD COLUMN inserted_at timestamptz",
+        "ALTER TABLE events ADD PRIMARY KEY (uuid, event, distinct_id, team_id)",
+    )
+    export = export_of("events", target, hour, **REPLACE)
+    source.insert("events", sent_again(row, hour + MINUTE, properties='{"plan": "pro"}'), event(hour))
+    assert run(export, partition_key(hour)).counts[0] == 1
+    assert asked(export, source, target) == []
+    assert plans(target)[str(row["uuid"])] == "pro"
+    source.insert("events", event(hour + 2 * MINUTE))
+    assert asked(export, source, target) == [partition_key(hour)]
+    assert run(export, partition_key(hour)).counts == (1, 0, 3)
     assert target.count("events") == 4
 
 

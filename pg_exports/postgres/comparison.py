@@ -280,7 +280,7 @@ class Sides:
         # Without journals, or with those of another scheme, they do not tell what was read.
         scheme = scheme_of(entry.fingerprint)
         is_comparable = (
-            scheme == model.fingerprint_scheme if model.merge else scheme.split(":")[0] == model.identity_scheme
+            scheme == model.fingerprint_scheme if model.merge else scheme.split(":")[0] == model.journal_scheme
         )
         tells = is_comparable and not (known.keys.is_empty() and entry.rows)
         is_read = (

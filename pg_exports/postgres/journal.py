@@ -105,6 +105,23 @@ def read(
     }
 
 
+def forget(session: Session, table: DestinationTable, team_id: int, export: str, intervals: Sequence[Interval]) -> None:
+    """Empty the export's own journals of these very intervals: their hashes are of another scheme, and tell nothing."""
+    session.execute(
+        f"""
+        UPDATE {quoted(table.destination.schema, TABLE)} SET keys = ''
+        FROM unnest($5::text[]::timestamptz[], $6::text[]::timestamptz[]) AS asked(first, last)
+        WHERE {OVERLAPPING} AND interval_start = first AND interval_end = last AND export = $7
+        """,
+        *table.identity,
+        table.teams(team_id),
+        [interval.start.isoformat() for interval in intervals],
+        [interval.end.isoformat() for interval in intervals],
+        export,
+        doing="emptying the journals of another scheme",
+    )
+
+
 def series(keys: bytes) -> pl.Series:
     """The keys of one row of the table."""
     array = pa.Array.from_buffers(pa.uint64(), len(keys) // 8, [None, pa.py_buffer(keys)])

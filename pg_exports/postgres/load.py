@@ -93,8 +93,9 @@ class Loading:
         met = tally.fingerprint - tally.landed if past.is_journaled else tally.fingerprint
         kept = past.own_fingerprint or ""
         if scheme_of(kept) != model.fingerprint_scheme:
-            # Another export wrote the interval, or this one with other columns.
-            return str(met) not in past.fingerprints
+            # Another export wrote the interval, or this one with other columns. A merge may have brought rows that are newer
+            # than those of this interval.
+            return not past.was_merged and str(met) not in past.fingerprints
         # The run before rejected some rows, which may land now.
         return kept not in (str(met), str(met + tally.unrejected))
 

@@ -13,11 +13,11 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Seconds, spanned
-from pg_exports.postgres import ledger, locks, registry, rejected, streams
+from pg_exports.postgres import journal, ledger, locks, registry, rejected, streams
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.ledger import Past, Written
 from pg_exports.postgres.load import Load, Loading, may_go_straight_in
@@ -112,6 +112,10 @@ def write(
         )
         if not written:
             together = alike if way in (_Way.STRAIGHT, _Way.MERGED) else alike[:1]
+            foreign = [interval for interval in together if pasts[interval].has_keys_of_another_scheme(model)]
+            if foreign:
+                journal.forget(session, table, export.team_id, export.export, foreign)
+                pasts |= {interval: replace(pasts[interval], keys=0) for interval in foreign}
             progress = Progress(f"{export.export} {spanned(together)}", lambda: export.source.count(together), log)
             loading = Loading(table, export, together, pasts, run_id, log, progress)
             written = _load(session, others, loading, record, outcome)
