@@ -48,6 +48,11 @@ SELECT CASE WHEN current_setting('hash_mem_multiplier', true) IS NOT NULL THEN s
 ) END
 """
 
+# Values as the same texts whatever the role's settings are, and read alike in any session.
+_TEXTS_ALIKE = """
+SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true), set_config('extra_float_digits', '1', true)
+"""
+
 INTERVAL_COLUMN = "pg_exports_interval"
 """In a staging table with the rows of several intervals: in which of them a row counts, as in a frame's `INTERVAL`."""
 
@@ -152,9 +157,11 @@ def differences(session: Session, table: DestinationTable, staging: str) -> pa.T
 
     Returns:
         `number`: what `INTERVAL_COLUMN` has of the row; `copies`: how often its key stands in the destination; `is_older`:
-        it stands there in an older version; `key`: of a row with several copies the key's values as a JSON array of texts.
+        it stands there in an older version; `key`: of a row with several copies the key's values as a JSON array of texts,
+        times in UTC.
     """
     _give_memory(session)
+    session.execute(_TEXTS_ALIKE, doing="setting how values are shown")
     rule = table.model.merge
     key = [quoted(name) for name in table.model.key if name in table.column_names]
     if rule:
