@@ -197,7 +197,8 @@ class PostgresExport(SettingsComponent):
     deduplicate: Deduplicate = Field(
         default="interval",
         description="An event that ClickHouse received in two intervals lands in each of them (interval), or once in the "
-        "whole table: the one that lands first stays (table), or the newest one replaces it (replace).",
+        "whole table: the one that lands first stays until an event of either interval changes (table), or the newest one "
+        "replaces it (replace).",
     )
     late_rows_days: float = Field(
         default=late_rows.DAYS,

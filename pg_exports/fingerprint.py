@@ -41,10 +41,15 @@ class Fingerprint:
 
     def may_be(self, kept: str) -> bool:
         """Whether one that the ledger keeps may be of the same rows. One of another scheme tells their number alone."""
-        rows, _, _, scheme = (*kept.split(":", 3), "")[:4]
-        return kept == str(self) or (scheme != self.scheme and int(rows) == self.rows)
+        rows = int(kept.split(":", 1)[0])
+        return kept == str(self) or (scheme_of(kept) != self.scheme and rows == self.rows)
 
     def __str__(self) -> str:
         """As the ledger keeps it."""
         numbers = f"{self.rows}:{self.xor:016x}:{self.sum:016x}"
         return f"{numbers}:{self.scheme}" if self.scheme else numbers
+
+
+def scheme_of(kept: str) -> str:
+    """The scheme of a fingerprint that the ledger keeps; empty for one that has none, and for none at all."""
+    return (*kept.split(":", 3), "", "", "")[3]

@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 
-from pg_exports.fingerprint import Fingerprint
+from pg_exports.fingerprint import Fingerprint, scheme_of
 from pg_exports.interval import Interval
 from pg_exports.models import Model
 from pg_exports.partitions import IntervalLength
@@ -243,7 +243,7 @@ class Watch:
 
     def _is_comparable(self, entry: Entry) -> bool:
         """Whether the journals have the states of an interval's rows, made as they are now."""
-        return bool(entry.fingerprint) and entry.fingerprint.split(":", 3)[3:] == [self.model.fingerprint_scheme]
+        return scheme_of(entry.fingerprint) == self.model.fingerprint_scheme
 
     def _unread(self, interval: Interval, exported: Exported, parts: int) -> Fingerprint:
         """The fingerprint of a merged model's rows of an interval that no run has read in the state in which they are."""

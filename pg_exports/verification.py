@@ -27,6 +27,7 @@ from pg_exports.postgres.comparison import Compared, Sides, Twice
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination, DestinationTable
+from pg_exports.postgres.types import TEXT_TYPES
 from pg_exports.reader import Reader
 
 VERIFICATION = "verification"
@@ -388,10 +389,19 @@ def _range(
 
 def _statement(table: DestinationTable, rows: Sequence[tuple[Twice, int]]) -> str:
     """The statement with which the table's owner deletes the copies that no run has brought."""
-    names = [quoted(name) for name in table.model.key if name in table.column_names]
+    columns = {destination.name: destination for _, destination in table.pairs}
+    key = [columns[name] for name in table.model.key if name in columns]
+    names = [quoted(column.name) for column in key]
+    # Texts as texts, as a collation may take different ones for equal; others as values, as their texts differ by session.
+    casts = ["text" if column.type in TEXT_TYPES else column.declared for column in key]
     listed = {row.key: times for row, times in rows[:MOST_KEYS]}
-    values = ", ".join(f"({', '.join(map(_literal, json.loads(key)))}, {times})" for key, times in listed.items())
-    same = " AND ".join(f"d.{name}::text IS NOT DISTINCT FROM t.{name}" for name in names)
+    values = ", ".join(
+        f"({', '.join(map(_literal, json.loads(values), casts))}, {times})" for values, times in listed.items()
+    )
+    same = " AND ".join(
+        f"d.{name}{'::text' if cast == 'text' else ''} IS NOT DISTINCT FROM t.{name}"
+        for name, cast in zip(names, casts, strict=True)
+    )
     partition = ", ".join(f"t.{name}" for name in names)
     more = f" These are {MOST_KEYS} of them: compare again afterwards." if len(rows) > MOST_KEYS else ""
     return (
@@ -408,8 +418,8 @@ def _statement(table: DestinationTable, rows: Sequence[tuple[Twice, int]]) -> st
     )
 
 
-def _literal(value: str | None) -> str:
+def _literal(value: str | None, type_: str) -> str:
     if value is None:
-        return "NULL::text"
+        return f"NULL::{type_}"
     escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"E'{escaped}'"
+    return f"E'{escaped}'::{type_}"

@@ -296,6 +296,40 @@ def test_rows_that_were_copied_in_by_hand_are_found_and_the_statement_deletes_th
     assert target.count("events") == 6
 
 
+SHOWN_OTHERWISE = {"TimeZone": "Asia/Kolkata", "DateStyle": "SQL, DMY", "extra_float_digits": "-10"}
+
+
+def test_the_statement_deletes_the_rows_whatever_settings_its_session_and_the_exports_have(
+    source: Source, target: Target, hour: datetime
+) -> None:
+    source.execute(
+        "CREATE TABLE readings (at DateTime64(6, 'UTC'), day Date, value Nullable(Float64)) ENGINE = MergeTree ORDER BY at"
+    )
+    source.execute(
+        f"INSERT INTO readings SELECT toDateTime64('{hour:%Y-%m-%d %H:%M}:00.123456', 6, 'UTC'), '2026-02-03',"
+        " arrayJoin([nan, inf, 0.1 + 0.2, NULL])"
+    )
+    model: Any = {
+        "name": "readings",
+        "query": "SELECT * FROM readings WHERE at >= {interval_start} AND at < {interval_end}",
+        "columns": {"at": "TIMESTAMPTZ", "day": "DATE", "value": "DOUBLE PRECISION"},
+        "key": ["at", "day", "value"],
+    }
+    with dg.DagsterInstance.ephemeral() as instance:
+        readings = Deployment(PostgresExport(model=model, start=hour, schema=target.schema), source, target, instance)
+        readings.run(hour)
+        target.execute("INSERT INTO readings SELECT * FROM readings")
+        try:
+            target.execute(*(f"ALTER ROLE {ROLE} SET {name} = {value!r}" for name, value in SHOWN_OTHERWISE.items()))
+            [difference] = readings.verify(hour)
+        finally:
+            target.execute(f"ALTER ROLE {ROLE} RESET ALL")
+        assert (difference.difference or "").startswith("4 rows stand in the table more often")
+        readings.repair(difference)
+        assert readings.verify(hour) == []
+    assert target.count("readings") == 4
+
+
 def test_rows_that_were_erased_at_the_source_are_found_and_the_pages_statements_delete_them(
     deployment: Any, source: Source, target: Target, hour: datetime, repository: Any
 ) -> None:

@@ -161,6 +161,9 @@ class Part:
         return {"part_first": first, "part_last": end - 1}
 
 
+OF_STATES = "states"
+"""How the `journal_scheme` of a merged model begins."""
+
 WHOLE = Part()
 """All of an interval's rows."""
 
@@ -344,9 +347,16 @@ class Model:
         return STATE if self.merge else IDENTITY
 
     @property
+    def journal_scheme(self) -> str:
+        """What the hashes in the key journals are made of. A model that was merged may be appended now, and the other way
+        round.
+        """
+        return f"{OF_STATES}{self.identity_scheme}" if self.merge else self.identity_scheme
+
+    @property
     def fingerprint_scheme(self) -> str:
         """What the hashes of a fingerprint are made of: `Fingerprint.scheme`."""
-        return f"{self.identity_scheme}:{self.state_scheme}"
+        return f"{self.journal_scheme}:{self.state_scheme}"
 
     def check_filters(self, filters: Sequence[PropertyFilter]) -> None:
         """Make sure that the model has what the filters look at.

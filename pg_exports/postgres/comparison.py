@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from pg_exports.fingerprint import Fingerprint
+from pg_exports.fingerprint import Fingerprint, scheme_of
 from pg_exports.interval import Interval, OnBadRows
 from pg_exports.models import IDENTITY, INTERVAL, STATE, Model, Query, Selection
 from pg_exports.models.model import backquoted
@@ -246,7 +246,12 @@ class Sides:
         if self.table is not None:
             with undone(self.session):
                 recorded = journal.read(self.session, self.table, self.team_id, self.export, intervals)
-                set_aside = rejected.unresolved(self.session, self.table, self.export, intervals)
+                exports = {
+                    interval: entry.export
+                    for interval in intervals
+                    if (entry := entries.get((interval.start, interval.end)))
+                }
+                set_aside = rejected.unresolved(self.session, self.table, exports)
         of_interval = {int(start): some for (start,), some in rows.partition_by(INTERVAL, as_dict=True).items()}
         comparison = Comparison()
         for interval in intervals:
@@ -273,9 +278,9 @@ class Sides:
         if entry is None:
             return Compared(fingerprint, None, present, rejected=set_aside)
         # Without journals, or with those of another scheme, they do not tell what was read.
-        scheme = [*entry.fingerprint.split(":", 3)[3:], ""][0]
+        scheme = scheme_of(entry.fingerprint)
         is_comparable = (
-            scheme == model.fingerprint_scheme if model.merge else scheme.split(":")[0] == model.identity_scheme
+            scheme == model.fingerprint_scheme if model.merge else scheme.split(":")[0] == model.journal_scheme
         )
         tells = is_comparable and not (known.keys.is_empty() and entry.rows)
         is_read = (

@@ -2,7 +2,8 @@
 
 Of a model whose rows are appended these are their identities. With them a re-run knows what is there without asking the
 table, so that its cost grows with the interval and not with the table, and the table needs no index. A row that was
-rejected is in none. Of a merged model they are the states of all rows that were read: by them late rows are found.
+rejected and is not in the table is in none. Of a merged model they are the states of all rows that were read: by them late
+rows are found.
 
 Eight bytes a row, in pieces, as `bytea`; they commit with the rows. Journals may be pruned: a re-run of their intervals then
 asks the table.
@@ -104,6 +105,23 @@ def read(
     }
 
 
+def forget(session: Session, table: DestinationTable, team_id: int, export: str, intervals: Sequence[Interval]) -> None:
+    """Empty the export's own journals of these very intervals: their hashes are of another scheme, and tell nothing."""
+    session.execute(
+        f"""
+        UPDATE {quoted(table.destination.schema, TABLE)} SET keys = ''
+        FROM unnest($5::text[]::timestamptz[], $6::text[]::timestamptz[]) AS asked(first, last)
+        WHERE {OVERLAPPING} AND interval_start = first AND interval_end = last AND export = $7
+        """,
+        *table.identity,
+        table.teams(team_id),
+        [interval.start.isoformat() for interval in intervals],
+        [interval.end.isoformat() for interval in intervals],
+        export,
+        doing="emptying the journals of another scheme",
+    )
+
+
 def series(keys: bytes) -> pl.Series:
     """The keys of one row of the table."""
     array = pa.Array.from_buffers(pa.uint64(), len(keys) // 8, [None, pa.py_buffer(keys)])
@@ -123,20 +141,28 @@ class Sieve:
     """Lets the rows through that no journal knows.
 
     Attributes:
+        keys: identities of rows that are in the table, ascending, at least one.
         known: how many it kept back.
     """
 
     def __init__(self, keys: pl.Series) -> None:
-        """`keys`: identities that are in the table, ascending, at least one."""
-        self._keys = keys
+        self.keys = keys
         self.known = 0
 
     def sift(self, frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         """The rows that are not known."""
         for frame in frames:
-            is_known = among(frame[IDENTITY], self._keys)
+            is_known = self._are_known(frame)
             self.known += int(is_known.sum())
             yield frame.filter(~is_known)
+
+    def kept_back(self, frames: Iterable[pl.DataFrame]) -> Iterator[pl.DataFrame]:
+        """The rows that are known."""
+        for frame in frames:
+            yield frame.filter(self._are_known(frame))
+
+    def _are_known(self, frame: pl.DataFrame) -> pl.Series:
+        return among(frame[IDENTITY], self.keys)
 
 
 class Journal:

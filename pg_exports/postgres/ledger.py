@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from pg_exports.fingerprint import Fingerprint
+from pg_exports.fingerprint import Fingerprint, scheme_of
 from pg_exports.interval import Counts, Interval
-from pg_exports.models.model import moment
+from pg_exports.models.model import OF_STATES, Model, moment
 from pg_exports.postgres import journal, schemas
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
@@ -114,6 +114,7 @@ WITH
             min(fingerprint) FILTER (
                 WHERE interval_start = first AND interval_end = last AND export = $8 AND rows_missing = 0
             ) AS own_fingerprint,
+            coalesce(bool_or(starts_with(split_part(fingerprint, ':', 4), $11)), false) AS was_merged,
             min(
                 json_build_object(
                     'at_source', rows_at_source, 'inserted', rows_inserted, 'updated', rows_updated,
@@ -133,6 +134,7 @@ SELECT
     coalesce(found.keys, 0)::bigint,
     coalesce(found.fingerprints, ''),
     found.own_fingerprint,
+    coalesce(found.was_merged, false),
     found.by_this_run
 FROM asked
 LEFT JOIN found USING (number)
@@ -181,6 +183,7 @@ class Past:
         keys: keys in the export's own journals of this very interval.
         fingerprints: of the interval's rows at the source, whenever all of them landed.
         own_fingerprint: of the rows that this export met when it wrote this very interval, those that were rejected too.
+        was_merged: some of the intervals that overlap it were merged.
         by_this_run: the counts, where this run itself has committed the interval (in an earlier try).
     """
 
@@ -189,7 +192,13 @@ class Past:
     keys: int
     fingerprints: frozenset[str]
     own_fingerprint: str | None
+    was_merged: bool
     by_this_run: Counts | None
+
+    def has_keys_of_another_scheme(self, model: Model) -> bool:
+        """Whether the export's own journals have hashes that are made of something else than the model's."""
+        own = self.own_fingerprint
+        return own is not None and self.keys > 0 and scheme_of(own).split(":")[0] != model.journal_scheme
 
 
 @dataclass(frozen=True)
@@ -233,7 +242,8 @@ def past(
         _array(table.partition_filenodes),
         export,
         run_id,
-        table.model.identity_scheme,
+        table.model.journal_scheme,
+        OF_STATES,
         doing="reading the ledger",
     )
     return [
@@ -243,9 +253,10 @@ def past(
             keys=int(str(keys)),
             fingerprints=frozenset(str(fingerprints).split()),
             own_fingerprint=str(own_fingerprint) if own_fingerprint else None,
+            was_merged=bool(was_merged),
             by_this_run=Counts(**json.loads(str(by_this_run))) if by_this_run else None,
         )
-        for has_interval, is_journaled, keys, fingerprints, own_fingerprint, by_this_run in rows
+        for has_interval, is_journaled, keys, fingerprints, own_fingerprint, was_merged, by_this_run in rows
     ]
 
 

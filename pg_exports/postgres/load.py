@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import polars as pl
 
 from pg_exports.errors import PassingError
-from pg_exports.fingerprint import Fingerprint
+from pg_exports.fingerprint import Fingerprint, scheme_of
 from pg_exports.interval import Interval, IntervalFrames, Seconds
 from pg_exports.models import IDENTITY, INTERVAL, STATE, Part
 from pg_exports.models.model import WHOLE
@@ -85,38 +85,19 @@ class Loading:
         Args:
             tally: of all of the interval's rows.
         """
-        kept = self._past.own_fingerprint
-        is_comparable = bool(kept) and str(kept).split(":", 3)[3:] == [self.export.model.fingerprint_scheme]
-        if not is_comparable or self.export.model.merge:
+        past, model = self._past, self.export.model
+        if model.merge or not past.has_interval:
             return False
-        if not self._past.is_journaled:
-            # Which rows are new is not known: late ones, too, make another fingerprint.
-            return str(tally.fingerprint) != kept
-        # Without those that landed now, the rows are the ones that the run before met, if none of them has changed; it
-        # rejected some of them, which may land now.
-        met = tally.fingerprint - tally.landed
+        # Without those that landed now, the rows are the ones that earlier runs met, if none of them has changed. Where the
+        # journals do not tell which rows are new, late ones, too, make another fingerprint.
+        met = tally.fingerprint - tally.landed if past.is_journaled else tally.fingerprint
+        kept = past.own_fingerprint or ""
+        if scheme_of(kept) != model.fingerprint_scheme:
+            # Another export wrote the interval, or this one with other columns. A merge may have brought rows that are newer
+            # than those of this interval.
+            return not past.was_merged and str(met) not in past.fingerprints
+        # The run before rejected some rows, which may land now.
         return kept not in (str(met), str(met + tally.unrejected))
-
-
-def replace_changed(loading: Loading, session: Session) -> int:
-    """Read an interval of an appended model once more, and replace the rows of the table that differ from the source's.
-
-    An event is changed by sending it again: in one interval it keeps its identity, and so its place in the journals.
-
-    Returns:
-        How many rows were replaced.
-
-    Raises:
-        DestinationError, SourceError, PassingError: as `Load.copy`; DestinationError also if the role may not update.
-    """
-    with merge.staging_table(session, loading.table) as staging:
-        with loading.export.source.read(loading.intervals, loading.table.column_names) as frames:
-            # What cannot be sent was set aside when it was read first.
-            ingest.copy_frames(
-                session, loading.table, staging, frames, loading.export.on_bad_rows, set_aside=lambda rows: None
-            )
-        _advise_index(session, loading.table, loading.log)
-        return merge.replace_changed(session, loading.table, staging)
 
 
 def may_go_straight_in(export: IntervalFrames, table: DestinationTable) -> bool:
@@ -190,7 +171,9 @@ class Load:
         several = len(loading.intervals) > 1
         self._writing.begin()
         self._read_since = merge.snapshot(self.session)
-        unresolved = Unresolved(self.session, loading.table, loading.export.export, loading.intervals)
+        unresolved = Unresolved(
+            self.session, loading.table, loading.export.export, loading.export.team_id, loading.intervals
+        )
         self._unresolved = unresolved
         if not loading.goes_straight_in:
             staging = merge.staging_table(self.session, loading.table, of_several_intervals=several)
@@ -211,7 +194,8 @@ class Load:
             answer = loading.export.source.read(loading.intervals, loading.table.column_names, self.part)
             frames = self._answer.enter_context(answer)
             self.seconds.source += time.monotonic() - began
-            every = unresolved.watch(counted(self._until_stopped(frames), self.tallies))
+            known = self._sieve.keys if self._sieve and not loading.table.why_not_asked else NOTHING.keys
+            every = unresolved.watch(counted(self._until_stopped(frames), self.tallies), known)
             if loading.export.model.merge:
                 every = self._recorded_as_read(every, record)
             copied = ingest.copy_frames(
@@ -260,6 +244,44 @@ class Load:
             self._unresolved.resolve(tally.interval for tally in self.tallies.values() if not tally.merged.missing)
         self._writing.end(sum(tally.merged.inserted for tally in self.tallies.values()))
         self.seconds.merge += time.monotonic() - began
+
+    @property
+    def has_rejected_known(self) -> bool:
+        """Whether an earlier run has rejected rows that are in the table in another state."""
+        return self._unresolved is not None and self._unresolved.has_known
+
+    def replace_changed(self) -> None:
+        """Read all rows of the only interval, of an appended model, once more, and replace the rows of the table that differ
+        from the source's. To be called after `bring_in`.
+
+        An event is changed by sending it again: in one interval it keeps its identity, and so its place in the journals.
+
+        Raises:
+            DestinationError, SourceError, PassingError: as `copy`; DestinationError also if the role may not update.
+        """
+        table, export, log = self.loading.table, self.loading.export, self.loading.log
+        [tally] = self.tallies.values()
+        if table.why_not_asked:
+            log.warning(
+                f"Rows of {tally.interval} have changed in ClickHouse, or were erased there. Those in {table.qualified} stay "
+                f"as they are. {table.why_not_asked}"
+            )
+            return
+        assert self._unresolved
+
+        def set_aside(bad: list[BadRow]) -> None:
+            if self._sieve:
+                tally.known -= len(bad)
+                self._set_aside(bad)
+
+        with merge.staging_table(self.session, table) as staging:
+            with export.source.read(self.loading.intervals, table.column_names) as frames:
+                # The others have landed as they are now, or were set aside, when they were read first.
+                some = self._unresolved.watch(self._sieve.kept_back(frames)) if self._sieve else frames
+                ingest.copy_frames(self.session, table, staging, some, export.on_bad_rows, set_aside)
+            _advise_index(self.session, table, log)
+            tally.merged += Merged(0, merge.replace_changed(self.session, table, staging))
+        self._unresolved.resolve([tally.interval])
 
     def stop(self) -> None:
         """From another thread: have `copy` end soon, with an error."""

@@ -48,6 +48,11 @@ SELECT CASE WHEN current_setting('hash_mem_multiplier', true) IS NOT NULL THEN s
 ) END
 """
 
+# Values as the same texts whatever the role's settings are, and read alike in any session.
+_TEXTS_ALIKE = """
+SELECT set_config('TimeZone', 'UTC', true), set_config('DateStyle', 'ISO', true), set_config('extra_float_digits', '1', true)
+"""
+
 INTERVAL_COLUMN = "pg_exports_interval"
 """In a staging table with the rows of several intervals: in which of them a row counts, as in a frame's `INTERVAL`."""
 
@@ -152,9 +157,11 @@ def differences(session: Session, table: DestinationTable, staging: str) -> pa.T
 
     Returns:
         `number`: what `INTERVAL_COLUMN` has of the row; `copies`: how often its key stands in the destination; `is_older`:
-        it stands there in an older version; `key`: of a row with several copies the key's values as a JSON array of texts.
+        it stands there in an older version; `key`: of a row with several copies the key's values as a JSON array of texts,
+        times in UTC.
     """
     _give_memory(session)
+    session.execute(_TEXTS_ALIKE, doing="setting how values are shown")
     rule = table.model.merge
     key = [quoted(name) for name in table.model.key if name in table.column_names]
     if rule:
@@ -202,7 +209,7 @@ def replace_changed(session: Session, table: DestinationTable, staging: str) -> 
                 count(*) OVER (PARTITION BY {", ".join(f"s.{name}" for name in key)}) AS copies,
                 ({_values(table, "s")}) IS DISTINCT FROM ({_values(table, "d")}) AS has_changed
             FROM {quoted(table.destination.schema, staging)} AS s
-            JOIN {table.qualified} AS d ON {" AND ".join(f"d.{name} = s.{name}" for name in key)}
+            JOIN {table.qualified} AS d ON {_is_same(table)}
         ),
         changed AS (SELECT * FROM pairs WHERE copies = 1 AND has_changed)
     """
@@ -357,13 +364,20 @@ def _there(table: DestinationTable, staging: str) -> str:
 
 def _is_there(table: DestinationTable) -> str:
     """The condition that `d`, of the destination, is the row `s` of the staging table, or may be it."""
-    key = [quoted(name) for name in table.model.key if name in table.column_names]
     if table.model.key_may_be_null:
-        # NULL is a value like any other here. A join that takes NULL for equal can be a hash join with the hash alone.
-        sides = [f"hash_record_extended(ROW({', '.join(f'{side}.{name}' for name in key)}), 0)" for side in "sd"]
-        return " AND ".join([" = ".join(sides), *(f"d.{name} IS NOT DISTINCT FROM s.{name}" for name in key)])
-    first, *others = key
+        return _is_same(table)
+    first, *others = (quoted(name) for name in table.model.key if name in table.column_names)
     return " AND ".join([f"d.{first} = s.{first}", *(f"(d.{name} = s.{name} OR d.{name} IS NULL)" for name in others)])
+
+
+def _is_same(table: DestinationTable) -> str:
+    """The condition that `d`, of the destination, has the key of `s`, of the staging table."""
+    key = [quoted(name) for name in table.model.key if name in table.column_names]
+    if not table.model.key_may_be_null:
+        return " AND ".join(f"d.{name} = s.{name}" for name in key)
+    # NULL is a value like any other here. A join that takes NULL for equal can be a hash join with the hash alone.
+    sides = [f"hash_record_extended(ROW({', '.join(f'{side}.{name}' for name in key)}), 0)" for side in "sd"]
+    return " AND ".join([" = ".join(sides), *(f"d.{name} IS NOT DISTINCT FROM s.{name}" for name in key)])
 
 
 def _missing(table: DestinationTable, staging: str) -> str:

@@ -13,15 +13,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Seconds, spanned
-from pg_exports.postgres import ledger, locks, registry, rejected, streams
+from pg_exports.postgres import journal, ledger, locks, registry, rejected, streams
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.ledger import Past, Written
-from pg_exports.postgres.load import Load, Loading, may_go_straight_in, replace_changed
-from pg_exports.postgres.merge import Merged
+from pg_exports.postgres.load import Load, Loading, may_go_straight_in
 from pg_exports.postgres.progress import Progress
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination, DestinationTable
@@ -98,7 +97,7 @@ def write(
             return Outcome({interval: counts for interval in alike if (counts := pasts[interval].by_this_run)})
         if way is _Way.RECORDED:
             # Rejected rows may have landed by another way since: only those that are read can be found to be there.
-            rejects = rejected.Unresolved(session, table, export.export, alike).intervals
+            rejects = rejected.Unresolved(session, table, export.export, export.team_id, alike).intervals
             complete = list(itertools.takewhile(lambda interval: interval not in rejects, alike))
             written = _unchanged(export, complete, pasts, outcome) if complete else {}
         else:
@@ -113,6 +112,10 @@ def write(
         )
         if not written:
             together = alike if way in (_Way.STRAIGHT, _Way.MERGED) else alike[:1]
+            foreign = [interval for interval in together if pasts[interval].has_keys_of_another_scheme(model)]
+            if foreign:
+                journal.forget(session, table, export.team_id, export.export, foreign)
+                pasts |= {interval: replace(pasts[interval], keys=0) for interval in foreign}
             progress = Progress(f"{export.export} {spanned(together)}", lambda: export.source.count(together), log)
             loading = Loading(table, export, together, pasts, run_id, log, progress)
             written = _load(session, others, loading, record, outcome)
@@ -182,9 +185,11 @@ def _load(
         outcome.repaired += part.repaired
     for position in parts[0].tallies:
         tally = combined([part.tallies[position] for part in parts])
-        if len(loading.intervals) == 1 and loading.may_have_changed(tally):
-            replaced = replace_changed(loading, session)
-            parts[0].tallies[position].merged += Merged(0, replaced)
+        if len(loading.intervals) == 1 and (
+            loading.may_have_changed(tally) or any(part.has_rejected_known for part in parts)
+        ):
+            parts[0].replace_changed()
+            tally = combined([part.tallies[position] for part in parts])
         outcome.rejected += tally.examples
         outcome.times[tally.interval] = tally.times
     return _written(loading, parts)

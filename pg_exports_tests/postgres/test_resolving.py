@@ -61,6 +61,48 @@ def test_of_two_rejected_rows_only_the_one_that_landed_is_resolved(
     assert unresolved(target) == ["nan"]
 
 
+@pytest.mark.parametrize("model", ["events", "persons"])
+def test_after_a_rename_of_its_export_a_row_that_lands_is_resolved(
+    source: Source, target: Target, run: RunExport, hour: datetime, model: str
+) -> None:
+    source.insert("events", event(hour), *(event(hour, event=TOO_LONG, distinct_id=name) for name in "ab"))
+    source.insert("person", person(hour, uuid.UUID(int=1), 2**31), person(hour, uuid.UUID(int=2), 1))
+    mappings = [mapping(hour, name, uuid.UUID(int=number)) for name, number in (("a", 1), ("b", 1), ("c", 2))]
+    source.insert("person_distinct_id2", *mappings)
+    run(export_of(model, target, hour), partition_key(hour))
+    assert unresolved(target, "distinct_id") == ["a", "b"]
+    target.execute(ROOM if model == "events" else "ALTER TABLE persons ALTER COLUMN person_version TYPE bigint")
+    source.execute("DELETE FROM events WHERE distinct_id = 'b'")
+    source.execute("DELETE FROM person_distinct_id2 WHERE distinct_id = 'b'")
+    renamed = export_of(model, target, hour, name="renamed", table=model)
+    assert run(renamed, partition_key(hour)).counts[0] == 1
+    assert unresolved(target, "distinct_id") == ["b"]
+
+
+def test_another_teams_run_by_another_name_resolves_no_row_with_the_same_key(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.execute(
+        "CREATE TABLE visits (team Int64, id Int64, page String, at DateTime) ENGINE = MergeTree ORDER BY at"
+    )
+    model: Any = {
+        "name": "visits",
+        "query": "SELECT id, page FROM visits"
+        " WHERE team = {team_id} AND at >= {interval_start} AND at < {interval_end}",
+        "columns": {"id": "BIGINT", "page": "VARCHAR(3)"},
+        "key": ["id"],
+    }
+    source.insert(
+        "visits", {"team": 1, "id": 1, "page": "long", "at": hour}, {"team": 2, "id": 1, "page": "/", "at": hour}
+    )
+    export, other = (
+        export_of(model, target, hour, name=f"team_{team}", table="visits", team_id=team) for team in (1, 2)
+    )
+    run(export, partition_key(hour))
+    assert run(other, partition_key(hour)).counts == (1, 0, 0)
+    assert unresolved(target, "id") == ["1"]
+
+
 def test_a_row_that_was_erased_at_the_source_stays_unresolved(
     source: Source, target: Target, run: RunExport, hour: datetime
 ) -> None:
@@ -133,7 +175,8 @@ def test_a_merged_row_that_is_there_in_a_newer_state_is_resolved(
     source.insert("person_distinct_id2", mapping(hour, "d", uuid.UUID(int=1)))
     run(export, partition_key(hour))
     target.execute("ALTER TABLE persons ALTER COLUMN person_version TYPE bigint")
-    assert run(export_of("persons", target, hour, name="other", table="persons"), partition_key(hour)).counts[0] == 1
+    other = export_of("persons", target, hour, name="other", table="persons", interval="every 15 minutes")
+    assert run(other, partition_key(hour)).counts[0] == 1
     assert unresolved(target, "distinct_id") == ["d"]
     assert run(export, partition_key(hour)).counts == (0, 0, 1)
     assert unresolved(target, "distinct_id") == []
