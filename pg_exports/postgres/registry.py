@@ -326,17 +326,22 @@ _FLUSHES = 150_000
 """The first version of Postgres that sends a transaction's statistics at once if it is told to."""
 
 
+_FAR_AHEAD = 2**26
+"""More transactions than any server begins during one statement."""
+
+
 def was_there(row: str) -> str:
     """The condition that a row of this alias was committed before the snapshot $1 (text) was taken.
 
     A row has the lower half of the number of the transaction that wrote it; the other half is that of the numbers within
-    2^31 of the snapshot. Of an older row, which Postgres has frozen, that makes a number that no transaction has had yet.
+    2^31 of the snapshot. Of an older row, which Postgres has frozen, that mostly makes a number which is far ahead of all
+    transactions. Not a little ahead: INSERT ... ON CONFLICT meets rows that were committed after it began.
     """
     last = "(pg_snapshot_xmax($1::text::pg_snapshot)::text::bigint + 2147483648)"
     number = f"({last} - mod({last} - {row}.xmin::text::bigint, 4294967296))"
     return (
         f"(pg_visible_in_snapshot({number}::text::xid8, $1::text::pg_snapshot)"
-        f" OR {number} >= pg_snapshot_xmax(pg_current_snapshot())::text::bigint)"
+        f" OR {number} > pg_snapshot_xmax(pg_current_snapshot())::text::bigint + {_FAR_AHEAD})"
     )
 
 

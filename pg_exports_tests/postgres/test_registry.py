@@ -413,8 +413,8 @@ def test_a_merged_table_that_was_rewritten_goes_on(
 
 @pytest.mark.parametrize(
     ("behind", "was_there"),
-    [(10, True), (2**31 - 1000, True), (2**31 + 1000, True), (3 * 10**9, True), (-10, False)],
-    ids=["just now", "long ago", "frozen", "frozen long ago", "after it"],
+    [(10, True), (2**31 - 1000, True), (2**31 + 1000, True), (3 * 10**9, True), (-10, False), (-1000, False)],
+    ids=["just now", "long ago", "frozen", "frozen long ago", "after it", "after the statement began"],
 )
 def test_a_row_was_there_or_not_however_many_transactions_ago_it_was_written(
     sandbox: Sandbox, behind: int, was_there: bool
