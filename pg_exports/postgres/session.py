@@ -94,8 +94,11 @@ class Session:
 
     @functools.cached_property
     def version(self) -> int:
-        """The server's version, as 150004 for 15.4. The driver knows it: no statement is sent."""
-        return int(str(self._connection.adbc_get_info()["vendor_version"]))
+        """The server's version, as 150004 for 15.4. Raises as `rows`."""
+        [(version,)] = self.rows(
+            "SELECT current_setting('server_version_num')", doing="asking for the server's version"
+        )
+        return int(str(version))
 
     def rows(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> list[tuple[object, ...]]:
         """The rows of one statement.

@@ -56,6 +56,13 @@ def test_a_connection_that_the_server_ended_is_tried_again(target: Target) -> No
             session.rows("SELECT 1", doing="asking")
 
 
+def test_a_connection_that_the_server_ended_before_its_version_was_known_is_tried_again(target: Target) -> None:
+    with target.resource().session() as session:
+        target.execute(f"SELECT pg_terminate_backend({pid_of(session)}, 5000)")
+        with pytest.raises(PassingError, match="while asking for the server's version"):
+            _ = session.version
+
+
 def test_a_statement_that_the_server_ends_is_tried_again(target: Target) -> None:
     with target.resource().session() as session:
         ending = threading.Timer(0.3, target.execute, [f"SELECT pg_terminate_backend({pid_of(session)})"])
