@@ -376,9 +376,9 @@ def find_others(session: Session, table: DestinationTable, *, is_first: bool) ->
     if session.version < _FLUSHES and not is_first:
         return table
     deadline = time.monotonic() + PATIENCE
-    while _stray(session, table) == "behind" and time.monotonic() < deadline:
-        time.sleep(0.05)
-    if _stray(session, table) is None:
+    while (stray := _stray(session, table)) == "behind" and time.monotonic() < deadline:
+        _wait_for_statistics(session)
+    if stray is None:
         return table
     _lock(session, table)
     counted = _counters(session, table)
@@ -397,6 +397,12 @@ def find_others(session: Session, table: DestinationTable, *, is_first: bool) ->
     )
     _save(session, table, found)
     return _with(table, found)
+
+
+def _wait_for_statistics(session: Session) -> None:
+    """Wait a moment, and forget what the statistics have said in this transaction: they would say it again."""
+    time.sleep(0.05)
+    session.execute("SELECT pg_stat_clear_snapshot()", doing="reading the statistics of the table")
 
 
 def _stray(session: Session, table: DestinationTable) -> str | None:
@@ -574,6 +580,13 @@ def _found(session: Session, table: DestinationTable, records: Sequence[Record])
         renewed = _renewed(candidate, table, counters, candidate.rows, emptied)
         return replace(renewed, files={**renewed.files, **candidate.files})
     rows = _rows(session, table)
+    deadline = time.monotonic() + PATIENCE
+    while is_here and candidate.rows is not None and rows < candidate.rows - _deleted(candidate, table, counters):
+        # The statistics may tell of rows that were deleted a moment ago.
+        if time.monotonic() > deadline:
+            break
+        _wait_for_statistics(session)
+        counters = _counters(session, table)
     deleted = _deleted(candidate, table, counters)
     expected = None if candidate.rows is None else candidate.rows - deleted
     is_whole = expected is not None and rows > 0 and rows == expected

@@ -14,7 +14,7 @@ from pg_exports.postgres.identifiers import quoted
 from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
-from pg_exports_tests.faults import with_own_postgres
+from pg_exports_tests.faults import eventually, with_own_postgres
 from pg_exports_tests.source_rows import HOUR, event, export_of, mapping, person
 from pg_exports_tests.test_late_rows import asked
 
@@ -255,6 +255,7 @@ def test_rows_that_were_copied_in_by_hand_between_two_runs_do_not_land_twice(
     export = export_of("events", target, hour)
     assert run(export, partition_key(hour)).counts == (3, 0, 0)
     bring(target, later[:2])
+    eventually(lambda: target.rows("SELECT pg_stat_get_tuples_inserted('events'::regclass)") == [(5,)])
     ran = run(export, partition_key(hour + HOUR))
     assert ran.counts == (2, 0, 2)
     assert any("came into" in line for line in ran.log)
