@@ -253,14 +253,15 @@ def test_a_virtual_generated_column_of_the_models_name_is_left_to_postgres(targe
     [(version,)] = target.rows("SELECT current_setting('server_version_num')::int")
     if version < 180000:
         pytest.skip("PostgreSQL has virtual generated columns from 18 on")
-    create(target, "events", "uuid text, team_id integer, event text GENERATED ALWAYS AS ('team ' || team_id) VIRTUAL")
+    virtual = "properties text GENERATED ALWAYS AS ('team ' || team_id) VIRTUAL"
+    create(target, "events", f"uuid text, event text, distinct_id text, team_id integer, {virtual}")
     create(target, "persons", *PERSON_COLUMNS, "PRIMARY KEY (team_id, distinct_id)")
     target.execute("ALTER TABLE persons ADD COLUMN name text GENERATED ALWAYS AS (upper(distinct_id)) VIRTUAL NOT NULL")
     assert load(target, EVENTS, event(1, team_id=7)) == Merged(1, 0)
     assert load(target, EVENTS, event(1, team_id=7), event(2, team_id=7), staged=True) == Merged(1, 0)
     assert load(target, PERSONS, person("a")) == Merged(1, 0)
     assert load(target, PERSONS, person("a", person_version=2**40)) == Merged(0, 1)
-    assert target.rows("SELECT event FROM events") == [("team 7",), ("team 7",)]
+    assert target.rows("SELECT properties FROM events") == [("team 7",), ("team 7",)]
     assert target.rows("SELECT name FROM persons") == [("A",)]
 
 
