@@ -11,13 +11,15 @@ import re
 import signal
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from pg_exports import late_rows
 from pg_exports.sandbox import Sandbox, postgres_server
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
@@ -33,6 +35,7 @@ from pg_exports_tests.faults import (
     with_own_postgres,
 )
 from pg_exports_tests.postgres.tcp_proxy import TcpProxy, tcp_proxy
+from pg_exports_tests.source_rows import event, export_of, insert_sessions, mapping, new_session, person, session
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,35 @@ def test_a_queued_run_that_is_killed_in_mid_copy_is_noticed_by_the_daemon_and_ru
     assert (killed.status, retried.status) == (dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.SUCCESS)
     assert retried.parent_run_id == killed.run_id
     assert landed(landing) == EACH_ROW_ONCE
+
+
+def test_the_daemon_requests_intervals_with_late_rows_and_their_runs_bring_the_rows(
+    source: Source, landing: Target, deployment: Path, run: RunExport, hour: datetime
+) -> None:
+    models = ("events", "persons", "sessions")
+
+    def insert(number: int, moment: datetime) -> None:
+        source.insert("events", event(moment))
+        source.insert("person", person(moment, uuid.UUID(int=number), 1))
+        source.insert("person_distinct_id2", mapping(moment, f"{number}", uuid.UUID(int=number)))
+        insert_sessions(source, session(new_session(moment), moment))
+
+    def counts() -> list[int]:
+        return [landing.count(model) for model in models]
+
+    insert(1, hour)
+    for model in models:
+        first = run(export_of(model, landing, hour), partition_key(hour), postgres=landing.resource())
+        assert first.counts == (1, 0, 0)
+    insert(2, hour + 58 * timedelta(minutes=1))
+    with process(deployment, "dagster-daemon", "run", "-w", "workspace.yaml"), dagster_of(deployment) as instance:
+        eventually(lambda: counts() == [2, 2, 2], seconds=120)
+        late = dg.RunsFilter(tags=late_rows.TAGS | {"dagster/partition": partition_key(hour)})
+        eventually(lambda: all(one.is_finished for one in instance.get_runs(late)), seconds=60)
+        found = instance.get_runs(late)
+        assert {one.job_name for one in found} == {f"{model}_job" for model in models}
+        assert {one.status for one in found} == {dg.DagsterRunStatus.SUCCESS}
+    assert counts() == [2, 2, 2]
 
 
 @contextlib.contextmanager
