@@ -1,4 +1,5 @@
-"""Rows to insert into the source tables: a plain one of each, with whatever a test wants otherwise. And exports of them."""
+"""Rows to insert into the source tables: a plain one of each, with whatever a test wants otherwise. And exports of them, and
+a table for them."""
 
 import json
 import uuid
@@ -7,10 +8,20 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from pg_exports import PostgresExport
+from pg_exports.sandbox.servers import ROLE
 from pg_exports_tests.conftest import TEAM, Source, Target
 
 HOUR = timedelta(hours=1)
 MICROSECOND = timedelta(microseconds=1)
+
+BY_MONTH = (
+    'CREATE TABLE events (uuid text, event text, "timestamp" timestamptz, distinct_id text, team_id int)'
+    ' PARTITION BY RANGE ("timestamp")',
+    "CREATE TABLE june PARTITION OF events FOR VALUES FROM ('2026-06-01') TO ('2026-07-01')",
+    "CREATE TABLE others PARTITION OF events DEFAULT",
+    f"GRANT INSERT, SELECT ON events TO {ROLE}",
+)
+"""A destination for events in partitions, of which one has the rows of June and one all others."""
 
 
 def export_of(model: str, target: Target, hour: datetime, **changes: Any) -> PostgresExport:

@@ -24,6 +24,7 @@ from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import TEAM, RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import eventually
 from pg_exports_tests.source_rows import (
+    BY_MONTH,
     HOUR,
     event,
     export_of,
@@ -37,14 +38,6 @@ from pg_exports_tests.source_rows import (
 NOTHING_EXPORTED = "None of the latest intervals has been exported to the table that is there now."
 
 MINUTE = timedelta(minutes=1)
-
-PARTITIONED = (
-    'CREATE TABLE events (uuid text, event text, "timestamp" timestamptz, distinct_id text, team_id int)'
-    ' PARTITION BY RANGE ("timestamp")',
-    "CREATE TABLE june PARTITION OF events FOR VALUES FROM ('2026-06-01') TO ('2026-07-01')",
-    "CREATE TABLE others PARTITION OF events DEFAULT",
-    f"GRANT INSERT, SELECT ON events TO {ROLE}",
-)
 
 VISITS: Any = {
     "name": "visits",
@@ -292,7 +285,7 @@ def test_late_rows_of_an_export_that_was_renamed_are_found(
     assert asked(renamed, source, target) == []
 
 
-@pytest.mark.parametrize("statements", [(), PARTITIONED], ids=["plain", "partitioned"])
+@pytest.mark.parametrize("statements", [(), BY_MONTH], ids=["plain", "partitioned"])
 def test_late_rows_of_a_table_that_was_rewritten_are_found_before_and_after_the_next_run(
     source: Source, target: Target, run: RunExport, hour: datetime, statements: tuple[str, ...]
 ) -> None:

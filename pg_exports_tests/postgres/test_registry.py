@@ -15,7 +15,7 @@ from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import eventually, with_own_postgres
-from pg_exports_tests.source_rows import HOUR, event, export_of, mapping, person
+from pg_exports_tests.source_rows import BY_MONTH, HOUR, event, export_of, mapping, person
 from pg_exports_tests.test_late_rows import asked
 
 REWRITES = [
@@ -24,14 +24,6 @@ REWRITES = [
     "ALTER TABLE events ALTER COLUMN event TYPE text",
     "ALTER TABLE events SET TABLESPACE elsewhere",
 ]
-
-BY_MONTH = (
-    'CREATE TABLE events (uuid text, event text, "timestamp" timestamptz, distinct_id text, team_id int)'
-    ' PARTITION BY RANGE ("timestamp")',
-    "CREATE TABLE june PARTITION OF events FOR VALUES FROM ('2026-06-01') TO ('2026-07-01')",
-    "CREATE TABLE others PARTITION OF events DEFAULT",
-    f"GRANT INSERT, SELECT ON events TO {ROLE}",
-)
 
 OWN: Any = {
     "name": "visits",
