@@ -7,7 +7,17 @@ intervals) differs by a name and a number from the one that is launched here, an
 import pytest
 
 from pg_exports.sandbox import Sandbox
-from pg_exports_tests.bench import destinations, footprint, memory, merges, ranges, report, small_runs, streams
+from pg_exports_tests.bench import (
+    deduplicate,
+    destinations,
+    footprint,
+    memory,
+    merges,
+    ranges,
+    report,
+    small_runs,
+    streams,
+)
 from pg_exports_tests.bench.report import Section
 
 pytestmark = pytest.mark.slow
@@ -48,6 +58,13 @@ def test_a_small_run_is_measured_beside_one_that_does_nothing(sandbox: Sandbox) 
 def test_a_merge_is_measured_beside_sql_by_hand_and_their_results_are_equal(sandbox: Sandbox) -> None:
     section = merges.measure(sandbox, rounds=1, persons=500, session_events=0, states=("half updated",))
     check_report(section, rows=1)
+    check_nothing_is_left(sandbox)
+
+
+def test_a_day_is_loaded_twice_with_each_way_to_deduplicate(sandbox: Sandbox) -> None:
+    section = deduplicate.measure(sandbox, rounds=1, events=2_000)
+    check_report(section, rows=3)
+    assert [row[0] for row in section.rows] == ["interval", "table", "replace"]
     check_nothing_is_left(sandbox)
 
 

@@ -28,7 +28,13 @@ PEERS = "peers"
 MODULES = {"memory": "memory", "merges": "merges", "small": "small_runs", "ranges": "ranges"}
 """The parts beside the peers, and which module measures each."""
 
-SIZED = {"streams": "streams", "chunks": "chunks", "destinations": "destinations", "footprint": "footprint"}
+SIZED = {
+    "streams": "streams",
+    "chunks": "chunks",
+    "destinations": "destinations",
+    "deduplicate": "deduplicate",
+    "footprint": "footprint",
+}
 """Those whose size follows `--events`; they are written into `CAPACITY`, all others into `README`."""
 
 PARTS = (PEERS, *MODULES, *SIZED)

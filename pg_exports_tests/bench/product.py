@@ -144,6 +144,7 @@ def main() -> int:
     parser.add_argument("--first", required=True, help="key of the first partition")
     parser.add_argument("--last", help="key of the last partition, for a range")
     parser.add_argument("--streams", type=int, default=1, help="connections for one interval")
+    parser.add_argument("--deduplicate", default="interval", help="of events")
     parser.add_argument("--read-first", action="store_true", help="all rows, before the first is written")
     asked = parser.parse_args()
     if asked.read_first:
@@ -157,6 +158,7 @@ def main() -> int:
             "start": asked.start,
             "schema": asked.schema,
             "streams": asked.streams,
+            "deduplicate": asked.deduplicate,
         }
     )
     with tempfile.TemporaryDirectory() as folder:
