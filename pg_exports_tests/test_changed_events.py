@@ -102,7 +102,7 @@ VISITS: Any = {
 
 @pytest.fixture
 def visits(source: Source, hour: datetime) -> Source:
-    """A table of the user's own with two rows of the hour, in one of which a column of the key is NULL."""
+    """A table of the user's own with two rows in the hour. One of them has NULL in a key column."""
     source.execute(
         "CREATE TABLE visits (page String, referrer Nullable(String), state String, device String,"
         " inserted_at DateTime64(6, 'UTC')) ENGINE = MergeTree ORDER BY page"

@@ -581,13 +581,12 @@ def _found(session: Session, table: DestinationTable, records: Sequence[Record])
         return replace(renewed, files={**renewed.files, **candidate.files})
     rows = _rows(session, table)
     deadline = time.monotonic() + PATIENCE
-    while is_here and candidate.rows is not None and rows < candidate.rows - _deleted(candidate, table, counters):
-        # The statistics may tell of rows that were deleted a moment ago.
-        if time.monotonic() > deadline:
-            break
+    deleted = _deleted(candidate, table, counters)
+    while is_here and candidate.rows is not None and rows < candidate.rows - deleted and time.monotonic() < deadline:
+        # The statistics may be about to tell of rows that were deleted a moment ago.
         _wait_for_statistics(session)
         counters = _counters(session, table)
-    deleted = _deleted(candidate, table, counters)
+        deleted = _deleted(candidate, table, counters)
     expected = None if candidate.rows is None else candidate.rows - deleted
     is_whole = expected is not None and rows > 0 and rows == expected
     if not (is_here and is_partitioned):
@@ -609,7 +608,7 @@ def _found(session: Session, table: DestinationTable, records: Sequence[Record])
 
 
 def _candidate(records: Sequence[Record], table: DestinationTable) -> Record | None:
-    """The record of which a table that has changed may be the table."""
+    """The record that a table which has changed may belong to."""
     here = [one for one in records if _is_at(one, table)]
     candidate = next(iter(here or records), None)
     if candidate is None or candidate.is_partitioned != (table.filenode is None):
