@@ -25,7 +25,7 @@ def measure(sandbox: Sandbox, rounds: int, events: int, ways: Sequence[str] = WA
     Args:
         sandbox: whose servers are used; what is made in them is dropped again.
         rounds: loads each way.
-        events: of the day, about.
+        events: twice as many as the day has, about.
         ways: values of `deduplicate`; the first is what the others are compared with.
 
     Raises:
@@ -33,7 +33,7 @@ def measure(sandbox: Sandbox, rounds: int, events: int, ways: Sequence[str] = WA
     """
     seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     with dataset.new_database(sandbox) as database:
-        start, end = dataset.day(sandbox, database, events=round(events / dataset.TEAM_SHARE))
+        start, end = dataset.day(sandbox, database, events=round(events / 2 / dataset.TEAM_SHARE))
         expected = check.at_source(sandbox, database, EVENTS.query(Selection(dataset.TEAM, start, end)))
         for number in range(rounds):
             for way in ways:
