@@ -1,4 +1,4 @@
-"""Every boolean and numeric setting that ClickHouse has, each alone in the profile of an export's user: the same rows come, or
+"""Every boolean and numeric setting that ClickHouse has, alone in the profile of an export's user: the same rows come, or
 an error that names it. Those with which nothing can be decided are in `sweep.UNDECIDED`, with the reason.
 """
 
@@ -24,7 +24,11 @@ def users(sandbox: Sandbox) -> list[ClickHouseUser]:
 def server(
     users: list[ClickHouseUser], tmp_path_factory: pytest.TempPathFactory, sample_end: datetime
 ) -> Iterator[ClickHouseServer]:
-    running = clickhouse_process.start(tmp_path_factory.mktemp("settings"), password=sweep.PASSWORD, users=users)
+    running = clickhouse_process.start(
+        tmp_path_factory.mktemp("settings"),
+        password=sweep.PASSWORD,
+        users=[*users, *(user for user, _ in sweep.together(users))],
+    )
     with administrator(running) as client:
         sweep.fill(client, sample_end)
     yield running

@@ -28,7 +28,9 @@ def cluster(
 ) -> Iterator[Cluster]:
     """Two servers. The rows are on both; the cluster has a secret, so the second is asked as the user who asks."""
     folder = tmp_path_factory.mktemp("settings_of_shards")
-    with servers.cluster(sandbox, folder, 2, users_of_shards=[PLAIN, *users]) as running:
+    with servers.cluster(
+        sandbox, folder, 2, users_of_shards=[PLAIN, *users, *(user for user, _ in sweep.together(users))]
+    ) as running:
         with administrator(running.servers[0]) as client:
             sweep.fill(client, sample_end)
         tables = [*servers.SOURCES, "typed"]
