@@ -90,24 +90,22 @@ _USERS = """<clickhouse>
 </clickhouse>
 """
 
-_USER = """<clickhouse>
-    <profiles>
-        <{name}>{settings}{constraints}</{name}>
-    </profiles>
-    <quotas>
-        <{name}>{quota}</{name}>
-    </quotas>
-    <users>
+# All in one file: the server took 40 s to merge 4,000 of them.
+_FURTHER_USERS = """<clickhouse>
+    <profiles>{profiles}</profiles>
+    <quotas>{quotas}</quotas>
+    <users>{users}</users>
+</clickhouse>
+"""
+
+_USER = """
         <{name}>
             <password_sha256_hex>{password}</password_sha256_hex>
             <networks><ip>::/0</ip></networks>
             <profile>{name}</profile>
             <quota>{name}</quota>
             <grants>{grants}</grants>
-        </{name}>
-    </users>
-</clickhouse>
-"""
+        </{name}>"""
 
 
 def _statements(folder: Path, *, tcp: bool) -> list[str]:
@@ -183,24 +181,29 @@ def write(
     write_private(folder / "users.xml", of_all)
     for name in ("users.d", "config.d"):
         (folder / name).mkdir(exist_ok=True)
-    for user in users:
-        write_private(folder / "users.d" / f"{user.name}.xml", _user(user))
+    further = _FURTHER_USERS.format(
+        profiles="".join(map(_profile, users)), quotas="".join(map(_quota, users)), users="".join(map(_user, users))
+    )
+    write_private(folder / "users.d" / "further.xml", further)
     if more:
         write_private(folder / "config.d" / "more.xml", more)
 
 
-def _user(user: ClickHouseUser) -> str:
+def _profile(user: ClickHouseUser) -> str:
     settings = "".join(f"<{name}>{escape(str(value))}</{name}>" for name, value in user.settings.items())
-    constraints = "".join(f"<{name}>{limits}</{name}>" for name, limits in user.constraints.items())
+    limits = "".join(f"<{name}>{limits}</{name}>" for name, limits in user.constraints.items())
+    constraints = f"<constraints>{limits}</constraints>" if limits else ""
+    return f"<{user.name}>{settings}{constraints}</{user.name}>"
+
+
+def _quota(user: ClickHouseUser) -> str:
     hour = f"<interval><duration>3600</duration><queries>{user.queries_an_hour}</queries></interval>"
-    return _USER.format(
-        name=user.name,
-        password=_hash(user.password),
-        settings=settings,
-        constraints=f"<constraints>{constraints}</constraints>" if constraints else "",
-        quota="" if user.queries_an_hour is None else hour,
-        grants="".join(f"<query>{escape(grant)}</query>" for grant in user.grants),
-    )
+    return f"<{user.name}>{'' if user.queries_an_hour is None else hour}</{user.name}>"
+
+
+def _user(user: ClickHouseUser) -> str:
+    grants = "".join(f"<query>{escape(grant)}</query>" for grant in user.grants)
+    return _USER.format(name=user.name, password=_hash(user.password), grants=grants)
 
 
 def _hash(password: str) -> str:

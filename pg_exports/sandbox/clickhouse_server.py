@@ -27,7 +27,7 @@ else:
     import clickhouse_engine
 
 HOST = "127.0.0.1"
-START_SECONDS = 60.0
+START_SECONDS = 300.0
 STOP_SECONDS = 5.0
 CHUNK_BYTES = 256 * 1024
 

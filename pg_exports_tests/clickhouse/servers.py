@@ -21,6 +21,9 @@ from pg_exports.sandbox.source_tables import TABLES
 SOURCES = [table for table in TABLES if table != "channel_definition"]
 """The tables that exports read."""
 
+START_SECONDS = 300
+"""Most time until a server answers that has thousands of users, on a busy machine."""
+
 SECRET = "whole"
 """The cluster whose definition has a secret: shards are asked as the user who asks."""
 
@@ -129,6 +132,7 @@ def cluster(
             key=sandbox.certificates.key,
             tcp_port=ports[number],
             config=config,
+            timeout=START_SECONDS,
         )
 
     with ThreadPoolExecutor(count) as pool:

@@ -12,7 +12,7 @@ from pg_exports.sandbox import Sandbox, clickhouse_process
 from pg_exports.sandbox.clickhouse_config import ClickHouseUser
 from pg_exports.sandbox.clickhouse_process import ClickHouseServer
 from pg_exports_tests.clickhouse import sweep
-from pg_exports_tests.clickhouse.servers import administrator
+from pg_exports_tests.clickhouse.servers import START_SECONDS, administrator
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +28,7 @@ def server(
         tmp_path_factory.mktemp("settings"),
         password=sweep.PASSWORD,
         users=[*users, *(user for user, _ in sweep.together(users))],
+        timeout=START_SECONDS,
     )
     with administrator(running) as client:
         sweep.fill(client, sample_end)
