@@ -90,7 +90,7 @@ _USERS = """<clickhouse>
 </clickhouse>
 """
 
-# All in one file: the server took 40 s to merge 4,000 of them.
+# All in one file: with a file for each of 2,900 the server took 40 s to start, and so 23 s.
 _FURTHER_USERS = """<clickhouse>
     <profiles>{profiles}</profiles>
     <quotas>{quotas}</quotas>
