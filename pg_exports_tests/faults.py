@@ -94,15 +94,20 @@ def landed(target: Target) -> tuple[int, int, int]:
     return events, different, intervals
 
 
-def eventually(holds: Callable[[], object], seconds: float = 30) -> None:
-    """Wait until something holds. A question that takes long is asked less often, as what is awaited takes the same cores."""
+def eventually(
+    holds: Callable[[], object], seconds: float = 30, *, otherwise: Callable[[], object] = lambda: ""
+) -> None:
+    """Wait until something holds. A question that takes long is asked less often, as what is awaited takes the same cores.
+
+    `otherwise`: gives what the failure is to show.
+    """
     deadline = time.monotonic() + seconds
     while True:
         asked = time.monotonic()
         if holds():
             return
         answered = time.monotonic()
-        assert answered < deadline, f"Not within {seconds:.0f} s."
+        assert answered < deadline, f"Not within {seconds:.0f} s. {otherwise()}"
         time.sleep(min(max(0.02, 5 * (answered - asked)), 1))
 
 

@@ -155,9 +155,11 @@ def test_the_daemon_requests_intervals_with_late_rows_and_their_runs_bring_the_r
         assert first.counts == (1, 0, 0)
     insert(2, hour + 58 * timedelta(minutes=1))
     with process(deployment, "dagster-daemon", "run", "-w", "workspace.yaml"), dagster_of(deployment) as instance:
-        with contextlib.suppress(AssertionError):
-            eventually(lambda: counts() == [2, 2, 2], seconds=120)
-        assert counts() == [2, 2, 2], log(deployment, "dagster-daemon")
+        eventually(
+            lambda: counts() == [2, 2, 2],
+            seconds=120,
+            otherwise=lambda: f"Rows: {counts()}. {log(deployment, 'dagster-daemon')}",
+        )
         late = dg.RunsFilter(tags=late_rows.TAGS | {"dagster/partition": partition_key(hour)})
         eventually(lambda: all(one.is_finished for one in instance.get_runs(late)), seconds=60)
         found = instance.get_runs(late)
