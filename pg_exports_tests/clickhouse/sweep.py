@@ -24,7 +24,7 @@ DATABASE = "test_sweep"
 PASSWORD = "of the tests"
 TYPED_ROWS = 100
 
-AT_ONCE = 6
+AT_ONCE = 20
 """Settings that are tried together first."""
 
 TYPED = f"""
@@ -127,6 +127,14 @@ UNDECIDED: Mapping[str, str] = {
 }
 """Settings that this sweep cannot decide about, with the reason."""
 
+REFUSING = re.compile(
+    "force_(index_by_date|optimize_projection|primary_key)|implicit_transaction|readonly|memory_tracker_|reader_executor_"
+    "|merge_tree_coarse_index_granularity|query_plan_(max_optimizations_to_apply|optimize_join_order_limit)"
+    "|max_(ast|bytes_(in|ratio|to_read)|columns_to_read|concurrent_queries_for_all_users|expanded_ast|local_read_bandwidth"
+    "|memory_usage|os_cpu_wait_time_ratio_to_throw|parser|result|rows_(in|to_group_by|to_read)|subquery_depth|temporary)"
+)
+"""Settings that lead to an error with some value: each is tried alone, as all that are tried with it would be once more."""
+
 SLOW = {"ast_fuzzer_runs", "max_local_read_bandwidth", "merge_tree_storage_snapshot_sleep_ms"}
 """What slows a query down by its value: 1,000 of it takes minutes."""
 
@@ -166,17 +174,20 @@ def profiles(client: Client, numbers: Sequence[str] = NUMBERS) -> list[ClickHous
 
 
 def together(users: Sequence[ClickHouseUser]) -> list[tuple[ClickHouseUser, Sequence[ClickHouseUser]]]:
-    """Users with the settings of several of those at once, and whose these are: settings whose names stand far apart."""
-    count = -(-len(users) // AT_ONCE)
+    """Users with the settings of several of those at once, and whose these are: settings whose names stand far apart, and none
+    of `REFUSING`.
+    """
+    peaceful = [user for user in users if not any(map(REFUSING.match, user.settings))]
+    count = -(-len(peaceful) // AT_ONCE)
     return [
         (
             ClickHouseUser(
                 f"together_{number}",
                 PASSWORD,
                 export_grants("test_*"),
-                {name: value for user in users[number::count] for name, value in user.settings.items()},
+                {name: value for user in peaceful[number::count] for name, value in user.settings.items()},
             ),
-            users[number::count],
+            peaceful[number::count],
         )
         for number in range(count)
     ]
@@ -241,7 +252,7 @@ def hold(
     others: dict[str, list[str]] = {}
     nameless: dict[str, str] = {}
     refused = 0
-    alone: list[ClickHouseUser] = []
+    alone = [user for user in users if any(map(REFUSING.match, user.settings))]
     for several, members in together(users):
         assert len(several.settings) == len(members)
         with contextlib.suppress(ExportError, PassingError):
