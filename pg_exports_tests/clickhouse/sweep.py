@@ -129,8 +129,9 @@ UNDECIDED: Mapping[str, str] = {
 
 REFUSING = re.compile(
     "force_(index_by_date|optimize_projection|primary_key)|implicit_transaction|readonly|memory_tracker_|reader_executor_"
+    "|page|limit|offset|unknown_packet_in_send_data|enforce_strict_identifier_format"
     "|merge_tree_coarse_index_granularity|query_plan_(max_optimizations_to_apply|optimize_join_order_limit)"
-    "|max_(ast|bytes_(in|ratio|to_read)|columns_to_read|concurrent_queries_for_all_users|expanded_ast|local_read_bandwidth"
+    "|max_(ast|bytes_(in|ratio|to_read)|columns_to_read|concurrent_queries_for_(all_users|user)|expanded_ast|local_read_bandwidth"
     "|memory_usage|os_cpu_wait_time_ratio_to_throw|parser|result|rows_(in|to_group_by|to_read)|subquery_depth|temporary)"
 )
 """Settings that lead to an error with some value: each is tried alone, as all that are tried with it would be once more."""
