@@ -174,11 +174,16 @@ def profiles(client: Client, numbers: Sequence[str] = NUMBERS) -> list[ClickHous
     ]
 
 
+def may_refuse(user: ClickHouseUser) -> bool:
+    """Whether a setting of the user's is one of `REFUSING`."""
+    return any(map(REFUSING.match, user.settings))
+
+
 def together(users: Sequence[ClickHouseUser]) -> list[tuple[ClickHouseUser, Sequence[ClickHouseUser]]]:
     """Users with the settings of several of those at once, and whose these are: settings whose names stand far apart, and none
     of `REFUSING`.
     """
-    peaceful = [user for user in users if not any(map(REFUSING.match, user.settings))]
+    peaceful = [user for user in users if not may_refuse(user)]
     count = -(-len(peaceful) // AT_ONCE)
     return [
         (
@@ -253,14 +258,14 @@ def hold(
     others: dict[str, list[str]] = {}
     nameless: dict[str, str] = {}
     refused = 0
-    alone = [user for user in users if any(map(REFUSING.match, user.settings))]
+    alone = [user for user in users if may_refuse(user)]
     for several, members in together(users):
         assert len(several.settings) == len(members)
         with contextlib.suppress(ExportError, PassingError):
             if answers(connection(several.name), end) == expected:
                 continue
         alone += members
-    assert 0 < len(alone) < len(users)
+    assert len(alone) < len(users)
     for user in alone:
         [name] = user.settings
         try:
