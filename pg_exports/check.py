@@ -9,7 +9,6 @@ import contextlib
 import importlib
 import io
 import os
-import re
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -21,8 +20,6 @@ from dotenv import dotenv_values
 
 from pg_exports.connection_check import CONNECTION_CHECK, EXPORT, REASON, STEPS, Step
 from pg_exports.errors import ExportError, SettingsError
-
-_UNSET = re.compile(r'environment variable "(\w+)" which is not set')
 
 
 def main() -> int:
@@ -118,12 +115,6 @@ def said(error: BaseException) -> str:
     for cause in _causes(error):
         if isinstance(cause, ExportError):
             return str(cause)
-        unset = sorted(set(_UNSET.findall(str(cause))))
-        if unset:
-            return (
-                f"The environment variable {', '.join(unset)} is not set. Set it where Dagster runs, or in the .env file of "
-                "the project."
-            )
     return f"{type(cause).__name__}: {cause}"
 
 

@@ -56,15 +56,15 @@ MAX_STREAMS = 16
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
-class RunConfig(dg.Config):
-    """What a run of an export can be told.
-
-    Attributes:
-        replay: ask the table itself which of the intervals' rows it lacks, and send those. For rows that were deleted by
-            hand: what earlier runs recorded does not know of it. (Merged models are always compared with the table.)
-    """
-
-    replay: bool = False
+# What a run can be told. A plain truth value: in a `dg.Config` a launch could say `{env: NAME}`.
+_RUN_CONFIG = {
+    "replay": dg.Field(
+        bool,
+        default_value=False,
+        description="Ask the table itself which of the intervals' rows it lacks, and send those. For rows that were deleted "
+        "by hand: what earlier runs recorded does not know of it. (Merged models are always compared with the table.)",
+    )
+}
 
 
 class InlineConnection(dg.Resolvable, BaseModel):
@@ -388,7 +388,7 @@ class PostgresExport(SettingsComponent):
     def _asset(self, partitions: dg.TimeWindowPartitionsDefinition) -> dg.AssetsDefinition:
         model = self.model_with_columns
 
-        def export(context: dg.AssetExecutionContext, config: RunConfig, clickhouse: ClickHouseResource) -> Any:
+        def export(context: dg.AssetExecutionContext, clickhouse: ClickHouseResource) -> Any:
             if not (context.has_partition_key or context.has_partition_key_range):
                 raise SettingsError(
                     f"Export {self.key} is partitioned, and this run names no partition. Give it one: "
@@ -406,7 +406,7 @@ class PostgresExport(SettingsComponent):
                 deduplicate=self.deduplicate,
                 streams=self.streams,
                 history=volume.history(asked[0]),
-                replay=config.replay,
+                replay=context.op_execution_context.op_config["replay"],
             )
             yield dg.Output(frames)
             yield from checks.results(frames, partitions)
@@ -427,6 +427,7 @@ class PostgresExport(SettingsComponent):
                 pool=self._connection_key(),
                 check_specs=checks.specs(self.key),
                 metadata=self._metadata(model),
+                config_schema=_RUN_CONFIG,
                 **self._io_manager(),
             )(export)
         return asset

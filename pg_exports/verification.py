@@ -78,15 +78,11 @@ _SAID: Mapping[Kind, str] = {
 }
 
 
-class VerifyConfig(dg.Config):
-    """What is compared.
-
-    Attributes:
-        first, last: partition keys, the last one inclusive; empty for the intervals of the last two days.
-    """
-
-    first: str = ""
-    last: str = ""
+# Plain texts: in a `dg.Config` a launch could say `{env: NAME}`, and read the variable in the error about it.
+_CONFIG = {
+    "first": dg.Field(str, default_value="", description="Partition key; empty for the last two days."),
+    "last": dg.Field(str, default_value="", description="Partition key, inclusive; that of `first` by default."),
+}
 
 
 @dataclass(frozen=True)
@@ -157,10 +153,11 @@ def job(
         name=f"{subject.export}_verification",
         description=f"Compares ClickHouse, the ledger, the table and Dagster for {subject.export}, and writes nothing.",
         required_resource_keys=set(resource_keys),
+        config_schema=_CONFIG,
     )
-    def verify(context: dg.OpExecutionContext, config: VerifyConfig) -> None:
+    def verify(context: dg.OpExecutionContext) -> None:
         found: list[Range] = []
-        some = _intervals(subject.partitions, config)
+        some = _intervals(subject.partitions, **context.op_config)
         if not some:
             context.log.info("No interval is over yet.")
             return
@@ -200,10 +197,10 @@ def _exports(context: dg.OpExecutionContext) -> frozenset[str]:
     return frozenset()
 
 
-def _intervals(partitions: dg.TimeWindowPartitionsDefinition, config: VerifyConfig) -> Sequence[Interval]:
+def _intervals(partitions: dg.TimeWindowPartitionsDefinition, first: str, last: str) -> Sequence[Interval]:
     now = datetime.now(UTC)
-    if config.first or config.last:
-        return intervals(partitions, config.first or config.last, config.last or config.first, now)
+    if first or last:
+        return intervals(partitions, first or last, last or first, now)
     due = now - ON_THEIR_WAY
     return recent(partitions, 1, due, due - DAYS)
 

@@ -13,6 +13,7 @@ import urllib3
 from clickhouse_connect.driver.exceptions import Error
 from pydantic import ConfigDict, Field, PrivateAttr
 
+from pg_exports.at_launch import FixedAtLaunch
 from pg_exports.clickhouse import arrow, errors, shards
 from pg_exports.clickhouse import settings as query_settings
 from pg_exports.clickhouse.answer import Answer, Body
@@ -33,7 +34,7 @@ READ_TIMEOUT = 300
 """Seconds without a byte after which a stream counts as frozen, where the resource does not say."""
 
 
-class ClickHouseResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
+class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
     """A ClickHouse server, over HTTP or HTTPS.
 
     Attributes:

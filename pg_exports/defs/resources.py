@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import dagster as dg
 
-from pg_exports import ClickHouseResource, PostgresIOManager, PostgresResource
+from pg_exports import ClickHouseResource, PostgresIOManager, PostgresResource, fixed_at_launch
 from pg_exports.errors import SettingsError
 from pg_exports.postgres.tls import VerifyServerIdentity
 
@@ -18,7 +18,7 @@ os.environ.setdefault("DAGSTER_EVENT_BATCH_SIZE", "500")
 
 @dg.definitions
 def connections() -> dg.Definitions:
-    """The resources `clickhouse`, `postgres` and `postgres_io_manager`, and how a run executes."""
+    """The resources `clickhouse`, `postgres` and `postgres_io_manager`, which no launch can change, and how a run executes."""
     postgres = PostgresResource(
         host=dg.EnvVar("POSTGRES_HOST"),
         port=_number("POSTGRES_PORT") or 5432,
@@ -41,6 +41,8 @@ def connections() -> dg.Definitions:
             "clickhouse": clickhouse,
             "postgres": postgres,
             "postgres_io_manager": PostgresIOManager(postgres=postgres),
+            # Dagster's own, which would take a folder at launch. Nothing is written with it.
+            "io_manager": fixed_at_launch(dg.fs_io_manager),
         },
         # A step does little but wait for two servers: a process of its own would cost it 2.5 seconds.
         executor=dg.in_process_executor,

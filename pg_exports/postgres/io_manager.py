@@ -16,6 +16,7 @@ import pyarrow as pa
 from pydantic import PrivateAttr
 
 from pg_exports import lineage
+from pg_exports.at_launch import FixedAtLaunch
 from pg_exports.errors import PassingError, SettingsError
 from pg_exports.interval import SAMPLE, Counts, Interval, IntervalFrames, spanned
 from pg_exports.pool import further_slots
@@ -59,7 +60,7 @@ MODEL, TEAM_ID, DATABASE, SCHEMA, TABLE, INSERTED_AT = (
 """Keys of an export's definition metadata: what `load_input` knows of the export whose table it reads."""
 
 
-class PostgresIOManager(dg.ConfigurableIOManager):
+class PostgresIOManager(FixedAtLaunch, dg.ConfigurableIOManager):
     """Writes exports to Postgres over one connection's settings.
 
     An interval's rows and its row in the ledger commit together, or neither does. The table is created where it is

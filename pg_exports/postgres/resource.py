@@ -10,6 +10,7 @@ import dagster as dg
 from adbc_driver_postgresql import dbapi
 from pydantic import ConfigDict, Field
 
+from pg_exports.at_launch import FixedAtLaunch
 from pg_exports.errors import SettingsError
 from pg_exports.postgres import errors, tls
 from pg_exports.postgres.session import ServerTransaction, Session
@@ -48,7 +49,7 @@ _FIXED = {
 }
 
 
-class PostgresResource(dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
+class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
     """A Postgres server with credentials and TLS settings, used by any number of exports.
 
     Every connection is encrypted; there is no fallback to plain text.

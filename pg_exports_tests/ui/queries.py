@@ -11,6 +11,33 @@ mutation LaunchPartitionBackfill($parameters: LaunchBackfillParams!) {
 }
 """
 
+LAUNCH_RUN = """
+mutation LaunchRun($parameters: ExecutionParams!) {
+  launchRun(executionParams: $parameters) {
+    __typename
+    ... on LaunchRunSuccess { run { runId } }
+    ... on RunConfigValidationInvalid { errors { message } }
+    ... on PythonError { message }
+  }
+}
+"""
+
+LOG = """
+query Log($id: ID!) {
+  logsForRun(runId: $id) {
+    __typename
+    ... on EventConnection {
+      events {
+        ... on MessageEvent { message }
+        ... on ErrorEvent { error { message stack causes { message } } }
+        ... on HandledOutputEvent { metadataEntries { label ... on PathMetadataEntry { path } } }
+      }
+    }
+    ... on PythonError { message }
+  }
+}
+"""
+
 CANCEL_BACKFILL = """
 mutation CancelBackfill($id: String!) {
   cancelPartitionBackfill(backfillId: $id) {
