@@ -35,6 +35,7 @@ from pg_exports.models import (
 from pg_exports.partitions import Grid, IntervalLength, intervals, recent
 from pg_exports.postgres import PostgresIOManager, PostgresResource
 from pg_exports.postgres import io_manager as io
+from pg_exports.postgres.login import Authentication
 from pg_exports.postgres.table import Destination
 from pg_exports.postgres.tls import SYSTEM, VerifyServerIdentity
 from pg_exports.reader import Reader
@@ -77,6 +78,7 @@ class InlineConnection(dg.Resolvable, BaseModel):
         password: as `{{ env.NAME }}`, never the password itself.
         verify_server_identity: `no`, `ca` or `ca-and-hostname`; all three encrypt.
         root_certificate: `system`, a path to a certificate, or PEM text.
+        authentication: what the server may ask for at login, `scram-sha-256` unless another is given.
     """
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
@@ -87,6 +89,7 @@ class InlineConnection(dg.Resolvable, BaseModel):
     password: Annotated[SecretStr, dg.Resolver(as_written, model_field_type=str)] = SecretStr("")
     verify_server_identity: VerifyServerIdentity = "ca-and-hostname"
     root_certificate: str = Field(default=SYSTEM, repr=False)
+    authentication: Authentication = "scram-sha-256"
 
     def resource(self, database: str) -> PostgresResource:
         """The connection as a resource, to one database."""
@@ -98,6 +101,7 @@ class InlineConnection(dg.Resolvable, BaseModel):
             database=database,
             verify_server_identity=self.verify_server_identity,
             root_certificate=self.root_certificate,
+            authentication=self.authentication,
         )
 
 
@@ -185,8 +189,8 @@ class PostgresExport(SettingsComponent):
         dg.Resolver(
             as_written,
             model_field_type=str | dict,
-            description="Resource key of a connection, or host, port, user, password, verify_server_identity and "
-            "root_certificate of one that only this export uses.",
+            description="Resource key of a connection, or host, port, user, password, verify_server_identity, "
+            "root_certificate and authentication of one that only this export uses.",
         ),
     ] = "postgres"
     on_bad_rows: OnBadRows = Field(

@@ -10,6 +10,7 @@ import dagster as dg
 
 from pg_exports import ClickHouseResource, PostgresIOManager, PostgresResource, fixed_at_launch
 from pg_exports.errors import SettingsError
+from pg_exports.postgres.login import Authentication
 from pg_exports.postgres.tls import VerifyServerIdentity
 
 # A range is one event a partition for Dagster's storage: 2,180 took a minute one by one, and take a second by 500.
@@ -25,7 +26,8 @@ def connections() -> dg.Definitions:
         user=dg.EnvVar("POSTGRES_USER"),
         password=dg.EnvVar("POSTGRES_PASSWORD"),
         database=dg.EnvVar("POSTGRES_DATABASE"),
-        verify_server_identity=_choice("POSTGRES_VERIFY_SERVER_IDENTITY"),
+        verify_server_identity=_choice("POSTGRES_VERIFY_SERVER_IDENTITY", VerifyServerIdentity, "ca-and-hostname"),
+        authentication=_choice("POSTGRES_AUTHENTICATION", Authentication, "scram-sha-256"),
         **_if_set(root_certificate="POSTGRES_ROOT_CERTIFICATE"),
     )
     clickhouse = ClickHouseResource(
@@ -62,13 +64,14 @@ def _number(name: str) -> int | None:
     return int(value)
 
 
-def _choice(name: str) -> VerifyServerIdentity:
-    value = os.environ.get(name) or "ca-and-hostname"
-    choices: tuple[VerifyServerIdentity, ...] = get_args(VerifyServerIdentity)
-    for choice in choices:
-        if value == choice:
-            return choice
-    raise SettingsError(f"The environment variable {name} must be one of {', '.join(choices)}, not {value!r}.")
+def _choice(name: str, choices: Any, default: str) -> Any:
+    """One of a Literal's values."""
+    value = os.environ.get(name) or default
+    if value not in get_args(choices):
+        raise SettingsError(
+            f"The environment variable {name} must be one of {', '.join(get_args(choices))}, not {value!r}."
+        )
+    return value
 
 
 def _flag(name: str) -> bool:

@@ -70,6 +70,28 @@ _PERMANENT_CONNECTS = (
         "Run as its owner: GRANT CONNECT ON DATABASE {database} TO {user};",
     ),
     (
+        # libpq.
+        "server requested a cleartext password",
+        "The server asks for the password itself, and it was not sent. Set the role's password anew with "
+        "password_encryption = 'scram-sha-256', and `scram-sha-256` in pg_hba.conf. Where it must be so (IAM tokens): "
+        "`authentication` (POSTGRES_AUTHENTICATION) `password`, with `verify_server_identity: ca-and-hostname`.",
+    ),
+    (
+        "server requested a hashed password",
+        "The server asks for md5 of the password, and it was not sent. Set the role's password anew with "
+        "password_encryption = 'scram-sha-256'. Where that cannot be: `authentication` (POSTGRES_AUTHENTICATION) `md5`.",
+    ),
+    (
+        "server did not complete authentication",
+        "The server lets the user in without a password, so it has not proved that it is yours. Give this user a `hostssl` "
+        "line with `scram-sha-256` in pg_hba.conf. Where it must be so: `authentication` (POSTGRES_AUTHENTICATION) `none`.",
+    ),
+    (
+        "hannel binding",
+        "Somebody in between, or a pooler, ends the TLS connection. With a pooler of yours set `authentication` "
+        "(POSTGRES_AUTHENTICATION) to `scram-sha-256`, and `verify_server_identity` to `ca-and-hostname`.",
+    ),
+    (
         "does not support SSL",
         "pg_exports never connects without TLS. Turn it on in the server (ssl = on, with a certificate).",
     ),

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pydantic import ConfigDict, Field
 
 from pg_exports.at_launch import FixedAtLaunch
 from pg_exports.errors import SettingsError
-from pg_exports.postgres import errors, tls
+from pg_exports.postgres import errors, login, tls
 from pg_exports.postgres.session import ServerTransaction, Session
 from pg_exports.postgres.watchdog import Watchdog, new_connection, open_sockets
 
@@ -23,6 +24,9 @@ READ_TIMEOUT = 300
 """Seconds without an answer after which a connection counts as frozen, where the resource does not say."""
 
 _CONNECTING = threading.Lock()
+
+# libpq reads a file of connection settings if the environment names a service, and no setting can say that there is none.
+_SERVICE = "PGSERVICE"
 
 # A peer that vanished without a word is noticed within about three minutes.
 _LIVENESS = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 8}
@@ -36,13 +40,16 @@ FROM pg_stat_activity
 WHERE pid = $1 AND (extract(epoch FROM xact_start) * 1000000)::bigint = $2 AND usename = session_user
 """
 
-# Given, so that libpq takes none of them from the environment or the home folder.
+# Given, so that libpq takes none of them from the environment or the home folder. Beside them are those of `tls` and `login`.
 _FIXED = {
     "hostaddr": "",
     "passfile": "/nonexistent/pg_exports",
     "options": "",
     "client_encoding": "UTF8",
-    "channel_binding": "prefer",
+    "requirepeer": "",
+    "gssdelegation": "0",
+    "min_protocol_version": "3.0",
+    "max_protocol_version": "3.0",
     "target_session_attrs": "any",
     "load_balance_hosts": "disable",
     "application_name": "pg_exports",
@@ -61,6 +68,8 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
         verify_server_identity: `no`, `ca` or `ca-and-hostname` (default).
         root_certificate: `system` (default), a path to a .crt, .pem, .cer or .ca-bundle file, or PEM text. With
             `verify_server_identity: no` it is ignored, and the log says so.
+        authentication: what the server may ask for at login: `scram-sha-256` (default), `scram-sha-256-plus`, `md5`,
+            `password` or `none`. `login.Authentication` has what each means.
         read_timeout: seconds without an answer after which a connection counts as frozen. Waiting for another run's lock,
             and a merge, may take longer.
     """
@@ -74,6 +83,7 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
     database: str
     verify_server_identity: tls.VerifyServerIdentity = "ca-and-hostname"
     root_certificate: str = Field(default=tls.SYSTEM, repr=False)
+    authentication: login.Authentication = "scram-sha-256"
     read_timeout: int = READ_TIMEOUT
 
     @contextlib.contextmanager
@@ -82,18 +92,21 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
 
         Args:
             database: another database than the connection's own.
-            log: where to say that a root certificate is ignored.
+            log: where to say that a root certificate is ignored, and what the settings do not protect from.
 
         Raises:
-            SettingsError: `host` is none, `user` or `database` is empty, `read_timeout` is not positive, or the root
-                certificate is missing, empty, or no certificate.
+            SettingsError: `host` is none, `user` or `database` is empty, `read_timeout` is not positive, the root certificate
+                is missing, empty, or no certificate, or the password would go to a server that is not verified.
             DestinationError: the server refused, or its identity could not be verified.
             PassingError: it does not answer.
         """
         database = database or self.database
         self.check(database)
-        if log and self.verify_server_identity == "no" and self.root_certificate != tls.SYSTEM:
-            log.info("`root_certificate` is ignored: `verify_server_identity` is `no`.")
+        if log:
+            for warning in self.warnings():
+                log.warning(warning)
+            if self.verify_server_identity == "no" and self.root_certificate != tls.SYSTEM:
+                log.info("`root_certificate` is ignored: `verify_server_identity` is `no`.")
         session = self._open(database)
         try:
             yield session
@@ -137,8 +150,25 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
             session.execute("SET LOCAL ROLE NONE", doing="ending a lost transaction")
             session.execute(_END, lost.process, lost.started, doing="ending a lost transaction")
 
+    def warnings(self) -> list[str]:
+        """What the settings do not protect from, a sentence each."""
+        found = []
+        if self.verify_server_identity == "ca" and self.root_certificate == tls.SYSTEM:
+            found.append(
+                "`verify_server_identity: ca` with `root_certificate: system` trusts everybody who has a certificate of any "
+                "public authority, and so anybody in between. Set `verify_server_identity` to `ca-and-hostname`, or "
+                "`root_certificate` to the authority that signed this server's certificate."
+            )
+        if self.authentication in ("md5", "none") and self.verify_server_identity != "ca-and-hostname":
+            found.append(
+                f"`authentication: {self.authentication}` with `verify_server_identity: {self.verify_server_identity}`: who "
+                "is in between can act as this user. Set `verify_server_identity` to `ca-and-hostname`."
+            )
+        return found
+
     def check(self, database: str) -> None:
-        """Refuse settings that libpq would misread. Raises SettingsError."""
+        """Refuse settings that libpq would misread, or that would give the password away. Raises SettingsError."""
+        login.libpq_settings(self.authentication, self.verify_server_identity)
         if self.read_timeout < 1:
             raise SettingsError("`read_timeout` must be a second or more.")
         # Postgres answers a URL with an error that repeats it, password and all.
@@ -168,13 +198,18 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
             **_LIVENESS,
             "tcp_user_timeout": 1000 * min(TCP_USER_TIMEOUT, self.read_timeout),
             **encryption,
+            **login.libpq_settings(self.authentication, self.verify_server_identity),
         }
+        service = os.environ.pop(_SERVICE, None)
         try:
             return dbapi.connect(_conninfo(settings), autocommit=True)
         except dbapi.Error as error:
             raise errors.connecting(
                 error, address=f"{self.host}:{self.port}", user=self.user, database=database
             ) from None
+        finally:
+            if service is not None:
+                os.environ[_SERVICE] = service
 
 
 def _conninfo(settings: dict[str, object]) -> str:

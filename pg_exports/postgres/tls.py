@@ -53,6 +53,8 @@ def libpq_settings(verify: VerifyServerIdentity, root_certificate: str) -> Itera
     common = {
         "sslmode": SSL_MODES[verify],
         "sslcertmode": "disable",
+        "sslkeylogfile": "",
+        "sslsni": "1",
         "sslcrl": _NO_FILE,
         "sslcrldir": "",
         "sslnegotiation": "postgres",
