@@ -87,6 +87,11 @@ _PERMANENT_CONNECTS = (
         "line with `scram-sha-256` in pg_hba.conf. Where it must be so: `authentication` (POSTGRES_AUTHENTICATION) `none`.",
     ),
     (
+        "authentication method requirement .* failed",
+        "The server asks for something else at login than `authentication` (POSTGRES_AUTHENTICATION) allows: leave it out "
+        "for SCRAM, Postgres's default.",
+    ),
+    (
         "hannel binding",
         "Somebody in between, or a pooler, ends the TLS connection. With a pooler of yours set `authentication` "
         "(POSTGRES_AUTHENTICATION) to `scram-sha-256`, and `verify_server_identity` to `ca-and-hostname`.",
