@@ -254,6 +254,11 @@ def _no_answer(text: str, address: str) -> SourceError | PassingError:
             f"The certificate of ClickHouse at {address} could not be verified: {text}\nSet `ca_certificate` "
             "(CLICKHOUSE_CA_CERTIFICATE) to the file of the authority that signed it, and `host` to a name in it."
         )
+    if re.search(r"HTTP status 3\d\d", text):
+        return SourceError(
+            f"ClickHouse at {address} answers with a redirect, which is not followed: the password goes to `host` alone. "
+            "Set `host`, `port` and `secure` (CLICKHOUSE_HOST, CLICKHOUSE_PORT, CLICKHOUSE_SECURE) to ClickHouse's own."
+        )
     if "SSL" in text:
         return SourceError(
             f"ClickHouse at {address} does not speak TLS on this port: {text}\nCheck `port` and `secure` "

@@ -18,7 +18,7 @@ from pg_exports.clickhouse import arrow, errors, shards
 from pg_exports.clickhouse import settings as query_settings
 from pg_exports.clickhouse.answer import Answer, Body
 from pg_exports.clickhouse.distributed import SourceTable, read_by
-from pg_exports.clickhouse.http_client import QuietClient
+from pg_exports.clickhouse.http_client import DirectPool, QuietClient
 from pg_exports.clickhouse.settings import ServerSettings
 from pg_exports.errors import PassingError, SettingsError, SourceError
 from pg_exports.models import FRAME_TYPES, IDENTITY, INTERVAL, STATE, Column, Model, Query, as_read
@@ -35,7 +35,7 @@ READ_TIMEOUT = 300
 
 
 class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
-    """A ClickHouse server, over HTTP or HTTPS.
+    """A ClickHouse server, over HTTP or HTTPS. Neither redirects nor the environment's proxies are followed.
 
     Attributes:
         host: name or address.
@@ -61,6 +61,7 @@ class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignor
     read_timeout: int = READ_TIMEOUT
     _server_settings: ServerSettings | None = PrivateAttr(default=None)
     _checked_tables: set[SourceTable] = PrivateAttr(default_factory=set)
+    _connections: DirectPool | None = PrivateAttr(default=None)
 
     @property
     def address(self) -> str:
@@ -166,7 +167,7 @@ class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignor
             username=self.user,
             password=self.password,
             database=self.database,
-            ca_cert=self.ca_certificate,
+            pool_mgr=self._pool,
             settings=dict(query_settings.HTTP),
             client_name="pg_exports",
             connect_timeout=CONNECT_TIMEOUT,
@@ -174,6 +175,12 @@ class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignor
             autogenerate_session_id=False,
             compress=False,
         )
+
+    @property
+    def _pool(self) -> DirectPool:
+        """The connections, which queries use one after the other."""
+        self._connections = self._connections or DirectPool(self.ca_certificate)
+        return self._connections
 
     def _with_settings(
         self,
