@@ -44,7 +44,6 @@ WHERE pid = $1 AND (extract(epoch FROM xact_start) * 1000000)::bigint = $2 AND u
 _FIXED = {
     "hostaddr": "",
     "passfile": "/nonexistent/pg_exports",
-    "options": "",
     "client_encoding": "UTF8",
     "requirepeer": "",
     "gssdelegation": "0",
@@ -54,6 +53,16 @@ _FIXED = {
     "load_balance_hosts": "disable",
     "application_name": "pg_exports",
 }
+
+
+# For what the driver asks before our first statement. `session` has the reason.
+_SEARCH_PATH = "-csearch_path=pg_catalog,pg_temp"
+
+# PgBouncer; RDS Proxy.
+_NO_OPTIONS = re.compile("unsupported startup parameter|support command-line options")
+
+_WITHOUT_OPTIONS: set[tuple[str, int]] = set()
+"""Poolers that take no options, by host and port."""
 
 
 class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[type-arg]  # Dagster's own generic is not exported
@@ -202,7 +211,7 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
         }
         service = os.environ.pop(_SERVICE, None)
         try:
-            return dbapi.connect(_conninfo(settings), autocommit=True)
+            return self._with_search_path(settings)
         except dbapi.Error as error:
             raise errors.connecting(
                 error, address=f"{self.host}:{self.port}", user=self.user, database=database
@@ -210,6 +219,18 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
         finally:
             if service is not None:
                 os.environ[_SERVICE] = service
+
+    def _with_search_path(self, settings: dict[str, object]) -> dbapi.Connection:
+        """Connect with the search path of our transactions, or, to a pooler that takes none, with the role's own."""
+        address = (self.host, self.port)
+        if address not in _WITHOUT_OPTIONS:
+            try:
+                return dbapi.connect(_conninfo({**settings, "options": _SEARCH_PATH}), autocommit=True)
+            except dbapi.Error as error:
+                if not _NO_OPTIONS.search(str(error)):
+                    raise
+                _WITHOUT_OPTIONS.add(address)
+        return dbapi.connect(_conninfo({**settings, "options": ""}), autocommit=True)
 
 
 def _conninfo(settings: dict[str, object]) -> str:

@@ -27,6 +27,13 @@ IDLE_TIMEOUT = 900
 MERGE_TIMEOUT = 3600
 """Seconds that the one statement of a merge may take, or of reading a table back."""
 
+# Before anything else: what others have created in a schema that is searched must not be taken for Postgres's own functions
+# and operators, which it would be where it fits the types better (CVE-2018-1058). SET itself calls none.
+_BEGIN = """
+BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
+SET LOCAL search_path = pg_catalog, pg_temp
+"""
+
 # For this transaction alone, as a pooler gives the connection to others after it. A statement is bounded by the watchdog and
 # by its locks, not by a statement_timeout or transaction_timeout (PostgreSQL 17 and later) of the role, the database or the
 # server: a COPY or a merge may take longer. A commit that was acknowledged outlives a crash, even if synchronous_commit is
@@ -54,7 +61,8 @@ SELECT
 
 # In the session, which may wait long between two transactions, and only if the setting is there: a pooler keeps it.
 _NO_IDLE_TIMEOUT = """
-SELECT set_config('idle_session_timeout', '0', false) WHERE current_setting('idle_session_timeout', true) <> '0'
+SELECT pg_catalog.set_config('idle_session_timeout', '0', false)
+WHERE pg_catalog.current_setting('idle_session_timeout', true) OPERATOR(pg_catalog.<>) '0'::pg_catalog.text
 """
 
 _REPLICA = (
@@ -101,7 +109,7 @@ class Session:
         return int(str(version))
 
     def rows(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> list[tuple[object, ...]]:
-        """The rows of one statement.
+        """The rows of one statement. Outside a transaction it gets one of its own.
 
         Args:
             sql: one statement, with $1, $2, ... for parameters; `$1::text::timestamptz` for a time.
@@ -113,28 +121,39 @@ class Session:
             DestinationError, PassingError: Postgres refused, or did not answer.
         """
 
-        def answer() -> list[tuple[object, ...]]:
-            with self._connection.cursor() as cursor:
-                cursor.execute(sql, _bound(parameters))
-                return [tuple(row) for row in cursor.fetchall()]
+        def answer(cursor: dbapi.Cursor) -> list[tuple[object, ...]]:
+            return [tuple(row) for row in cursor.fetchall()]
 
-        try:
-            return self._bounded(answer, patience)
-        except dbapi.Error as error:
-            self.explain(error, doing)
+        return self._answer(answer, sql, parameters, doing, patience)
 
     def arrow(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> pa.Table:
         """The rows of one statement as an Arrow table. Arguments and errors as those of `rows`."""
 
-        def answer() -> pa.Table:
+        def answer(cursor: dbapi.Cursor) -> pa.Table:
+            return cursor.fetch_arrow_table()
+
+        return self._answer(answer, sql, parameters, doing, patience)
+
+    def _answer(
+        self,
+        read: Callable[[dbapi.Cursor], Answer],
+        sql: str,
+        parameters: Sequence[object],
+        doing: str,
+        patience: float,
+    ) -> Answer:
+        """What is read of a statement's answer."""
+
+        def answer() -> Answer:
             with self._connection.cursor() as cursor:
                 cursor.execute(sql, _bound(parameters))
-                return cursor.fetch_arrow_table()
+                return read(cursor)
 
-        try:
-            return self._bounded(answer, patience)
-        except dbapi.Error as error:
-            self.explain(error, doing)
+        with self.transaction():
+            try:
+                return self._bounded(answer, patience)
+            except dbapi.Error as error:
+                self.explain(error, doing)
 
     def execute(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> None:
         """Run one statement whose answer does not matter. Raises as `rows`."""
@@ -144,6 +163,7 @@ class Session:
     def transaction(self) -> Iterator[None]:
         """BEGIN and COMMIT around a block; ROLLBACK when it raises. Within another transaction: a part of that one.
 
+        Names are looked up in `pg_catalog` alone: tables are always written with their schema.
         READ COMMITTED, because a statement after a lock must see what the lock's last holder committed; READ WRITE,
         because servers may default to read-only.
         """
@@ -209,7 +229,7 @@ class Session:
         self._send(_NO_IDLE_TIMEOUT, doing="setting timeouts")
 
     def _begin(self) -> None:
-        self._send("BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE", doing="beginning a transaction")
+        self._send(_BEGIN, doing="beginning a transaction")
 
     def _send(self, sql: str, doing: str) -> None:
         """Run a statement in one message: `rows` sends several, which a pooler may give to different servers outside a
