@@ -37,6 +37,15 @@ _UNKNOWN_TYPES_REMEDY = (
     "then. Run as a superuser: ALTER ROLE ... SET quote_all_identifiers = off;"
 )
 
+# A table, function or type that is not found, within a function: a trigger's, a generated column's, a constraint's.
+_NOT_FOUND = ("42P01", "42883", "42704", "3F000")
+_IN_A_FUNCTION = re.compile(r"function .* line \d+|SQL function", re.IGNORECASE)
+
+_SEARCH_PATH_REMEDY = (
+    "A function that the table calls names something without its schema, and exports look names up in pg_catalog alone. Write "
+    "the schema before the name, or run as the function's owner: ALTER FUNCTION ... SET search_path = <schema>, pg_temp;"
+)
+
 _STANDBY_REMEDY = (
     "The server is a read-only standby, or was made read-only. If that does not pass by itself, set `host` "
     "(POSTGRES_HOST) to the primary."
@@ -206,6 +215,8 @@ def during(error: dbapi.Error, doing: str) -> DestinationError | PassingError:
         return PassingError(f"{refusal}\n{_STANDBY_REMEDY}")
     if state.startswith(PASSING_SQLSTATES):
         return PassingError(_with_limit(refusal, message))
+    if state in _NOT_FOUND and _IN_A_FUNCTION.search(_fields(error).get("PG_DIAG_CONTEXT", "")):
+        return DestinationError(f"{refusal}\n{_SEARCH_PATH_REMEDY}")
     return DestinationError(refusal)
 
 

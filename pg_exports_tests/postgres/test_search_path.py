@@ -15,7 +15,7 @@ from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
 from pg_exports_tests.postgres.test_role_settings import fill, settings_of
-from pg_exports_tests.source_rows import HOUR, export_of
+from pg_exports_tests.source_rows import HOUR, event, export_of
 
 TYPES = (
     "smallint",
@@ -105,3 +105,29 @@ def test_no_function_or_operator_of_another_role_is_called(
         assert run(both, partition_key(hour), partition_key(hour + HOUR)).error is None
     assert sandbox.postgres.rows(f"SELECT DISTINCT what, who FROM {traps}.caught", DATABASE) == []
     assert target.count("events") > 0
+
+
+TRIGGER = (
+    "CREATE TABLE seen (uuid text)",
+    "CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS"
+    " $$ BEGIN INSERT INTO seen VALUES (new.uuid); RETURN new; END $$",
+    "CREATE TRIGGER note BEFORE INSERT ON events FOR EACH ROW EXECUTE FUNCTION note()",
+    f"GRANT INSERT ON seen TO {ROLE}",
+)
+
+
+def test_a_trigger_that_names_a_table_without_its_schema_is_told_how_to_find_it(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).error is None
+    target.execute(*TRIGGER)
+    source.insert("events", event(hour))
+    error = str(run(export, partition_key(hour)).error)
+    assert 'relation "seen" does not exist' in error
+    assert "ALTER FUNCTION ... SET search_path" in error
+    assert target.count("events") == 0
+
+    target.execute(f"ALTER FUNCTION note() SET search_path = {target.schema}, pg_temp")
+    assert run(export, partition_key(hour)).error is None
+    assert target.count("events") == target.count("seen") == 1
