@@ -78,30 +78,72 @@ def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
             session.execute(create, doing=f"creating {table}")
 
 
+# Whom the schema belongs to decides what is in it, and a superuser about everything: neither gets more by a table of ours than
+# he has. `pg_database_owner`, to whom `public` belongs from PostgreSQL 14 on, stands for the database's owner.
+TRUSTED = """
+trusted AS (
+    SELECT r.oid
+    FROM pg_roles AS r
+    JOIN pg_namespace AS n ON n.nspname = $1
+    JOIN pg_database AS d ON d.datname = current_database()
+    WHERE r.rolsuper OR r.rolname IN (current_user, session_user) OR r.oid = n.nspowner
+        OR (r.oid = d.datdba AND n.nspowner::regrole::text = 'pg_database_owner')
+)
+"""
+"""The roles that may own a table or a function that runs as the export's role, of the schema $1."""
+
+_OWN = f"""
+WITH {TRUSTED}
+SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
+    AND has_table_privilege(c.oid, 'UPDATE'),
+    row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE'), c.relpersistence = 'u',
+    c.relkind = 'r' AND NOT c.relispartition,
+    CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN pg_get_userbyid(c.relowner)::text END,
+    (
+        SELECT min(t.tgname::text)
+        FROM pg_trigger AS t
+        JOIN pg_proc AS p ON p.oid = t.tgfoid
+        WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND p.proowner NOT IN (SELECT oid FROM trusted)
+    ),
+    (SELECT min(r.rulename::text) FROM pg_rewrite AS r WHERE r.ev_class = c.oid AND c.relkind = 'r')
+FROM pg_class AS c
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE n.nspname = $1 AND c.relname = $2
+"""
+
+
 def has_own(session: Session, schema: str, name: str) -> bool:
     """Whether one of pg_exports' own tables is there.
 
     Raises:
-        DestinationError: it is, and the role may not write all of it, or a crash would empty it; with the statement that
-            mends it.
+        DestinationError: it is, and the role may not write all of it, a crash would empty it, or somebody else made it who
+            could read it, and have code run as this role; with the statement that mends it.
     """
-    rows = session.rows(
-        """
-        SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
-            AND has_table_privilege(c.oid, 'UPDATE'),
-            row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE'), c.relpersistence = 'u'
-        FROM pg_class AS c
-        JOIN pg_namespace AS n ON n.oid = c.relnamespace
-        WHERE n.nspname = $1 AND c.relname = $2
-        """,
-        schema,
-        name,
-        doing=f"looking up {name}",
-    )
+    rows = session.rows(_OWN, schema, name, doing=f"looking up {name}")
     if not rows:
         return False
-    [(role, may_write, has_row_security, is_owner, is_unlogged)] = rows
+    [(role, may_write, has_row_security, is_owner, is_unlogged, is_plain, stranger, trigger, rule)] = rows
     table = quoted(schema, name)
+    if not is_plain:
+        raise DestinationError(
+            f"{table} is no plain table, as pg_exports makes it. Drop it, or set the export's `schema`."
+        )
+    if stranger is not None:
+        raise DestinationError(
+            f"{table} belongs to {stranger}, who is neither {role} nor the schema's owner: whoever owns it can read what is "
+            f"written there, and have code run as {role}. If it is yours, run as a superuser: ALTER TABLE {table} OWNER TO "
+            f"{quoted(str(role))}; otherwise set the export's `schema` to one in which nobody else may create."
+        )
+    if trigger is not None:
+        raise DestinationError(
+            f"The trigger {trigger} on {table} calls a function that belongs to neither {role} nor the schema's owner, and "
+            f"would run as {role}. Run as the table's owner: DROP TRIGGER {quoted(str(trigger))} ON {table};"
+        )
+    if rule is not None:
+        raise DestinationError(
+            f"The rule {rule} on {table} changes what is written there. Run as the table's owner: DROP RULE "
+            f"{quoted(str(rule))} ON {table};"
+        )
     if not may_write:
         raise DestinationError(
             f"The role {role} may not write {table}, which another role made. Run as its owner: "

@@ -1,0 +1,119 @@
+"""Somebody who may create in the export's schema makes pg_exports' own tables before it does, or adds to them what runs as the
+export's role: he learns nothing, and nothing of his runs.
+"""
+
+from collections.abc import Iterator
+from datetime import datetime
+
+import pytest
+
+from pg_exports.postgres import journal, ledger, registry, rejected
+from pg_exports.postgres.identifiers import quoted
+from pg_exports.sandbox import Sandbox, postgres_server
+from pg_exports.sandbox.servers import DATABASE, ROLE
+from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
+from pg_exports_tests.source_rows import event, export_of
+
+TABLES = (ledger.TABLE, journal.TABLE, rejected.TABLE, registry.TABLE)
+
+TRAP = (
+    "CREATE FUNCTION trap() RETURNS trigger LANGUAGE plpgsql AS"
+    " $$ BEGIN EXECUTE 'GRANT SELECT ON events TO PUBLIC'; RETURN new; END $$"
+)
+
+
+@pytest.fixture
+def intruder(sandbox: Sandbox, target: Target) -> Iterator[str]:
+    """A role of a neighbour's, which may create in the schema, too."""
+    role = f"{target.schema}_intruder"
+    postgres_server.create_role(sandbox.postgres, role, postgres_server.new_password())
+    target.execute(f"GRANT CREATE, USAGE ON SCHEMA {quoted(target.schema)} TO {quoted(role)}")
+    yield role
+    target.execute(f"ALTER SCHEMA {quoted(target.schema)} OWNER TO {postgres_server.SUPERUSER}")
+    postgres = sandbox.postgres
+    postgres.execute(f"DROP OWNED BY {quoted(role)} CASCADE", f"DROP ROLE {quoted(role)}", database=DATABASE)
+
+
+def as_(role: str, target: Target, *statements: str) -> None:
+    """Run statements as another role."""
+    target.execute(f"SET ROLE {quoted(role)}", *statements)
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_an_own_table_that_a_stranger_made_is_refused_and_nothing_is_written(
+    source: Source, target: Target, run: RunExport, hour: datetime, intruder: str, table: str
+) -> None:
+    source.insert("events", event(hour))
+    model = export_of("events", target, hour)
+    assert run(model, partition_key(hour)).error is None
+    columns = target.rows(
+        f"SELECT string_agg(format('%I %s', attname, format_type(atttypid, atttypmod)), ', ') FROM pg_attribute"
+        f" WHERE attrelid = '{table}'::regclass AND attnum > 0"
+    )[0][0]
+    target.execute("DROP TABLE events, " + ", ".join(TABLES))
+    as_(
+        intruder,
+        target,
+        f"CREATE TABLE {table} ({columns})",
+        f"GRANT INSERT, SELECT, UPDATE ON {table} TO {ROLE}",
+        TRAP,
+        f"CREATE TRIGGER trap BEFORE INSERT ON {table} FOR EACH ROW EXECUTE FUNCTION trap()",
+    )
+    error = str(run(model, partition_key(hour)).error)
+    assert f"belongs to {intruder}" in error
+    assert "ALTER TABLE" in error
+    assert target.count(table) == 0
+    assert target.rows(
+        "SELECT to_regclass('events') IS NULL OR NOT has_table_privilege('public', 'events', 'SELECT')"
+    ) == [(True,)]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_a_strangers_trigger_on_an_own_table_is_refused(
+    source: Source, target: Target, run: RunExport, hour: datetime, intruder: str, table: str
+) -> None:
+    model = export_of("events", target, hour)
+    assert run(model, partition_key(hour)).error is None
+    target.execute(f"GRANT TRIGGER ON {table} TO {quoted(intruder)}")
+    as_(
+        intruder,
+        target,
+        TRAP,
+        f"CREATE TRIGGER trap BEFORE INSERT OR UPDATE ON {table} FOR EACH ROW EXECUTE FUNCTION trap()",
+    )
+    source.insert("events", event(hour))
+    error = str(run(model, partition_key(hour)).error)
+    assert "The trigger trap" in error
+    assert "DROP TRIGGER" in error
+    assert target.rows("SELECT has_table_privilege('public', 'events', 'SELECT')") == [(False,)]
+
+
+def test_a_rule_on_an_own_table_is_refused(source: Source, target: Target, run: RunExport, hour: datetime) -> None:
+    model = export_of("events", target, hour)
+    assert run(model, partition_key(hour)).error is None
+    target.execute(f"CREATE RULE forget AS ON INSERT TO {ledger.TABLE} DO INSTEAD NOTHING")
+    source.insert("events", event(hour))
+    error = str(run(model, partition_key(hour)).error)
+    assert "The rule forget" in error
+    assert target.count("events") == 0
+
+
+def test_a_view_in_place_of_an_own_table_is_refused(target: Target, run: RunExport, hour: datetime) -> None:
+    target.execute(f"CREATE VIEW {ledger.TABLE} AS SELECT 1 AS destination")
+    assert "is no plain table" in str(run(export_of("events", target, hour), partition_key(hour)).error)
+
+
+@pytest.mark.parametrize("owner", ["a superuser", "the schema's owner"])
+def test_an_own_table_of_who_may_do_anything_here_is_used(
+    source: Source, target: Target, run: RunExport, hour: datetime, intruder: str, owner: str
+) -> None:
+    model = export_of("events", target, hour)
+    assert run(model, partition_key(hour)).error is None
+    if owner == "the schema's owner":
+        target.execute(f"ALTER SCHEMA {quoted(target.schema)} OWNER TO {quoted(intruder)}")
+    name = quoted(intruder) if owner == "the schema's owner" else postgres_server.SUPERUSER
+    for table in TABLES:
+        target.execute(f"ALTER TABLE {table} OWNER TO {name}", f"GRANT INSERT, SELECT, UPDATE ON {table} TO {ROLE}")
+    source.insert("events", event(hour))
+    assert run(model, partition_key(hour)).error is None
+    assert target.count("events") == 1
