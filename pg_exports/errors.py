@@ -3,14 +3,25 @@
 They are Dagster failures, so that the UI shows the message itself, and each class knows whether another try may help.
 """
 
+import re
+
 import dagster as dg
+
+# Control characters but for tabs and line feeds, halves of surrogate pairs, and what turns the direction of writing or begins
+# a line: a terminal or a log viewer would obey them.
+_NOT_SHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    r"""A text that may be a server's or a row's, for logs and messages: what a terminal would obey is written as `\x1b`."""
+    return _NOT_SHOWN.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 class ExportError(dg.Failure):
     """Something is wrong that another try will not mend; the message says what to change. Not retried."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(description=message, allow_retries=False)
+        super().__init__(description=printable(message), allow_retries=False)
 
     def __str__(self) -> str:
         return self.description or ""
@@ -32,7 +43,7 @@ class PassingError(dg.Failure):
     """Something that may be over at the next try: a lost connection, a server that restarts, a lock that is held."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(description=message, allow_retries=True)
+        super().__init__(description=printable(message), allow_retries=True)
 
     def __str__(self) -> str:
         return self.description or ""

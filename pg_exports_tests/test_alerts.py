@@ -625,6 +625,20 @@ def test_a_mail_goes_over_verified_tls_with_the_exports_name_in_its_subject(
         assert mail.get_content().replace("\r\n", "\n") == f"{alert.text}\n\n{alert.link}\n"
 
 
+def test_a_line_break_or_half_a_character_in_a_mail_stops_no_alert(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(sandbox.certificates.authority))
+    alert = channels.Alert(title="a\nBcc: d@d.example\r\n\ud800b\x1b[31m", text="c\x1b[2J\ud800\nd", link=SERVER)
+    with mail_receiver(sandbox.certificates, "SSL", "alerts", SECRET) as receiver:
+        mailbox(smtp_host=HOST, smtp_port=receiver.port, smtp_user="alerts", to=["b@b.example"]).send(alert)
+        [mail] = receiver.mails
+    assert mail["Subject"] == r"a Bcc: d@d.example\r \ud800b\x1b[31m"
+    assert mail["Bcc"] is None
+    assert receiver.envelopes == [("a@a.example", ["b@b.example"])]
+    assert mail.get_content().replace("\r\n", "\n") == rf"c\x1b[2J\ud800" + f"\nd\n\n{SERVER}\n"
+
+
 def test_a_mail_server_that_is_down_or_frozen_is_an_error_within_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channels, "TIMEOUT", 0.2)
     alert = channels.Alert(title="a", text="b", link="c")

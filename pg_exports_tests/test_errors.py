@@ -22,6 +22,12 @@ def test_a_passing_error_is_a_failure_that_may_be_retried() -> None:
     assert str(error) == error.description == "The server restarts."
 
 
+@pytest.mark.parametrize("kind", [SourceError, PassingError])
+def test_what_a_terminal_would_obey_is_written_out(kind: type[SourceError | PassingError]) -> None:
+    error = kind("a\x1b[31m\r\u202eb\ud800\n\tÄ 🦔 \x00\x9b")
+    assert str(error) == error.description == "a\\x1b[31m\\r\\u202eb\\ud800\n\tÄ 🦔 \\x00\\x9b"
+
+
 @pytest.mark.parametrize(("error", "tries"), [(SourceError("no"), 1), (PassingError("not now"), 3)])
 def test_a_retry_policy_tries_again_only_what_may_pass(error: dg.Failure, tries: int) -> None:
     made = []

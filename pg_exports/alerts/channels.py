@@ -19,7 +19,7 @@ from dagster._utils.alert import send_email_via_ssl, send_email_via_starttls
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from pg_exports.component import as_written
-from pg_exports.errors import PassingError
+from pg_exports.errors import PassingError, printable
 
 TIMEOUT = 10
 """Seconds to wait for a connection, and for each answer. Dagster ends a sensor's tick after 60."""
@@ -141,8 +141,10 @@ class Email(dg.Resolvable, BaseModel):
 def _mail(sender: str, to: Sequence[str], alert: Alert) -> str:
     # Dagster's helper encodes it as ASCII, which an error's words need not be.
     mail = EmailMessage(policy=SMTP.clone(cte_type="7bit"))
-    mail["From"], mail["To"], mail["Subject"] = sender, ", ".join(to), alert.title
-    mail.set_content("\n\n".join(part for part in (alert.text, alert.link) if part))
+    # A subject is one line.
+    subject = " ".join(printable(alert.title).split())
+    mail["From"], mail["To"], mail["Subject"] = sender, ", ".join(to), subject
+    mail.set_content(printable("\n\n".join(part for part in (alert.text, alert.link) if part)))
     return mail.as_string()
 
 

@@ -69,10 +69,23 @@ def libpq_settings(verify: VerifyServerIdentity, root_certificate: str) -> Itera
     elif root_certificate == SYSTEM:
         yield common | {"sslrootcert": system_authorities()}
     else:
-        with tempfile.TemporaryDirectory(prefix="pg_exports_") as folder:
-            path = Path(folder) / "root.crt"
-            path.write_text(as_pem(root_certificate))
-            yield common | {"sslrootcert": str(path)}
+        with _file(as_pem(root_certificate)) as path:
+            yield common | {"sslrootcert": path}
+
+
+@contextlib.contextmanager
+def _file(text: str) -> Iterator[str]:
+    """The path of a file with a text; on Linux in memory, so that a process that is killed leaves none behind."""
+    if hasattr(os, "memfd_create"):
+        with os.fdopen(os.memfd_create("pg_exports"), "w") as file:
+            file.write(text)
+            file.flush()
+            yield f"/proc/self/fd/{file.fileno()}"
+    else:
+        with tempfile.NamedTemporaryFile("w", prefix="pg_exports_") as file:
+            file.write(text)
+            file.flush()
+            yield file.name
 
 
 def system_authorities() -> str:

@@ -231,7 +231,12 @@ def find_binaries() -> Path:
 
 def create_role(server: PostgresServer, role: str, password: str) -> None:
     """A login role without any privilege of its own."""
-    server.execute(f"CREATE ROLE {quoted(role)} LOGIN NOINHERIT PASSWORD {literal(password)}")
+    server.execute(
+        # The server's log has every statement.
+        "SET log_statement = 'none'",
+        "SET log_min_error_statement = 'panic'",
+        f"CREATE ROLE {quoted(role)} LOGIN NOINHERIT PASSWORD {literal(password)}",
+    )
 
 
 def create_database(server: PostgresServer, database: str, *, owner: str | None = None) -> None:

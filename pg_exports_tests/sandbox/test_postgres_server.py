@@ -38,6 +38,14 @@ def test_several_start_at_once_run_as_another_user_than_root_and_are_gone_when_s
         postgres_server.stop(server)
 
 
+def test_the_servers_log_has_every_statement_but_no_password(sandbox: Sandbox) -> None:
+    log = sandbox.postgres.log.read_text(errors="replace")
+    assert "CREATE DATABASE" in log
+    assert "PASSWORD" not in log
+    for password in (sandbox.password, sandbox.instance_password):
+        assert password not in log
+
+
 def test_a_server_that_does_not_start_says_why_and_leaves_no_files() -> None:
     with pytest.raises(PostgresSandboxError, match="no_such_setting") as failed:
         postgres_server.start(None, settings={"no_such_setting": "1"})
