@@ -177,7 +177,9 @@ def refused(
     own: Mapping[str, object] | None = None,
 ) -> SourceError | PassingError:
     """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream. See `explained`."""
-    lines = [f"ClickHouse at {address} answered with an error: {_own_words(text)}", _remedy(text, code or 0)]
+    lines = [f"ClickHouse at {address} answered with an error: {_own_words(text, code)}", _remedy(text, code or 0)]
+    if _quotes_a_row(text, code):
+        lines.append("The value is quoted in ClickHouse alone: column `exception` of system.query_log.")
     if code in PASSING_CODES:
         return PassingError("\n".join(filter(None, lines)))
     is_explained = code in _NOT_BY_A_PROFILE or _limit(text, code or 0)
@@ -239,8 +241,20 @@ _OF_A_KEY = re.compile(
 )
 
 
-def _own_words(text: str) -> str:
-    """ClickHouse's exception without what clickhouse-connect puts around it."""
+# A function that meets a value which it cannot take quotes it, whatever the error's code.
+_OF_A_VALUE = re.compile(r"(DB::Exception: )(?!Received from)(.*)(?=: while executing 'FUNCTION )", re.DOTALL)
+
+
+def _quotes_a_row(text: str, code: int | None) -> bool:
+    return code not in PASSING_CODES and not _OF_A_KEY.search(text) and bool(_OF_A_VALUE.search(text))
+
+
+def _own_words(text: str, code: int | None) -> str:
+    """ClickHouse's exception without what clickhouse-connect puts around it, and without the value that a function cannot
+    take.
+    """
+    if _quotes_a_row(text, code):
+        text = _OF_A_VALUE.sub(r"\1a value that the function cannot take", text)
     found = re.search(r"Code: \d+\. DB::.*", text, re.DOTALL)
     own = re.sub(r"\s*\(for url [^)]*\)\s*\Z", "", found.group() if found else text)
     own = _OF_A_KEY.sub(r"\1 ", own)

@@ -43,20 +43,37 @@ _ESCAPE = re.compile(rf"{_PAIR}|\\u(?P<code>[0-9a-fA-F]{{4}})|\\.", re.DOTALL)
 
 
 @dataclass(frozen=True)
+class Fault:
+    """What is wrong with a row.
+
+    Attributes:
+        column: at fault, where that is known.
+        reason: for a person. It quotes nothing of the row, as it goes to logs and to Dagster.
+        words: the same with the value, or in Postgres's own words, to be kept with the row.
+    """
+
+    column: str | None
+    reason: str
+    words: str | None = None
+
+    def with_note(self, note: str) -> "Fault":
+        """The same, and something else to know of the row."""
+        return Fault(self.column, f"{self.reason}\n{note}", self.words and f"{self.words}\n{note}")
+
+
+@dataclass(frozen=True)
 class BadRow:
     """A row that was not written.
 
     Attributes:
         key: the columns that identify it, as JSON.
-        column: which column is at fault, where that is known.
-        reason: what is wrong with it, for a person.
+        fault: what is wrong with it.
         row: the row as it was, as JSON.
         interval: in which it counts, as the column `INTERVAL` has it.
     """
 
     key: str
-    column: str | None
-    reason: str
+    fault: Fault
     row: str
     interval: int | None = None
 
@@ -84,7 +101,7 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
     """
     as_they_were = frame
     frame = frame.drop(AS_READ, strict=False)
-    reasons: dict[int, tuple[str | None, str]] = {**_too_long_keys(frame, table)}
+    faults: dict[int, Fault] = {**_too_long_keys(frame, table)}
     repaired: set[int] = set()
     repaired_values: Counter[str] = Counter()
     originals = as_read.originals(as_they_were)
@@ -93,8 +110,7 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
         unread = [row for row, original in originals.items() if source.name in original]
         mended = _mended(values, source, destination)
         if source.kind is Kind.INTEGER:
-            too_great = {row: (source.name, _too_great(source, originals[row][source.name])) for row in unread}
-            reasons = too_great | reasons
+            faults = {row: _too_great(source, originals[row][source.name]) for row in unread} | faults
         elif on_bad_rows == "repair" and not (table.model.merge and source.name in table.model.key):
             values = _with(values, mended) if mended else values
             frame = frame.with_columns(values) if mended else frame
@@ -102,25 +118,22 @@ def sort_out(frame: pl.DataFrame, table: DestinationTable, on_bad_rows: OnBadRow
             repaired_values[source.name] += len({*mended, *unread})
         else:
             cannot = f"which {destination.declared} cannot hold."
-            no_utf8 = (source.name, f"Column {source.name} holds a text that is no UTF-8, {cannot}")
-            no_text = (source.name, f"Column {source.name} holds a NUL or half a surrogate pair, {cannot}")
-            reasons = dict.fromkeys(mended, no_text) | dict.fromkeys(unread, no_utf8) | reasons
+            no_utf8 = Fault(source.name, f"Column {source.name} holds a text that is no UTF-8, {cannot}")
+            no_text = Fault(source.name, f"Column {source.name} holds a NUL or half a surrogate pair, {cannot}")
+            faults = dict.fromkeys(mended, no_text) | dict.fromkeys(unread, no_utf8) | faults
         past = types.past_range(values, destination)
         if past.any():
-            shown = _plain(values.filter(past))
-            reasons = {
-                row: (source.name, _past_range(source, destination, text))
-                for row, text in zip(past.arg_true(), shown, strict=True)
-            } | reasons
+            rows = zip(past.arg_true(), _plain(values.filter(past)), strict=True)
+            faults = {row: _past_range(source, destination, time) for row, time in rows} | faults
         for misfits, remedy in types.misfits(values, source, destination, table.model):
             if misfits.any():
-                reason = _reason(source, destination, table, remedy)
-                reasons |= {row: (source.name, reason) for row in misfits.arg_true() if row not in reasons}
+                fault = Fault(source.name, _reason(source, destination, table, remedy))
+                faults = dict.fromkeys(misfits.arg_true(), fault) | faults
     is_repaired = mask(repaired, frame.height)
-    if not reasons:
+    if not faults:
         return SortedRows(frame, as_they_were, is_repaired, [], +repaired_values)
-    is_good = ~mask(reasons, frame.height)
-    bad = bad_rows(as_they_were, reasons, table.model)
+    is_good = ~mask(faults, frame.height)
+    bad = bad_rows(as_they_were, faults, table.model)
     return SortedRows(
         frame.filter(is_good), as_they_were.filter(is_good), is_repaired.filter(is_good), bad, +repaired_values
     )
@@ -131,19 +144,26 @@ def mask(rows: Collection[int], height: int) -> pl.Series:
     return pl.repeat(False, height, eager=True).scatter(list(rows), True)
 
 
-def _too_great(source: Column, number: object) -> str:
-    return (
-        f"Column {source.name} holds {number}, which is no whole number of 64 bits: exports carry -9223372036854775808 to "
-        "9223372036854775807. Correct the row in ClickHouse, and run the interval again."
-    )
+def _too_great(source: Column, number: object) -> Fault:
+    def said(what: object) -> str:
+        return (
+            f"Column {source.name} holds {what}, which is no whole number of 64 bits: exports carry -9223372036854775808 to "
+            "9223372036854775807. Correct the row in ClickHouse, and run the interval again."
+        )
+
+    return Fault(source.name, said("a number"), said(number))
 
 
-def _past_range(source: Column, destination: DestinationColumn, time: object) -> str:
+def _past_range(source: Column, destination: DestinationColumn, time: object) -> Fault:
     first, last = types.range_text(destination)
-    return (
-        f"Column {source.name} holds {time}, which {destination.declared} cannot hold: it has {first} to {last}. Correct the "
-        "row in ClickHouse, and run the interval again."
-    )
+
+    def said(what: object) -> str:
+        return (
+            f"Column {source.name} holds {what}, which {destination.declared} cannot hold: it has {first} to {last}. Correct "
+            "the row in ClickHouse, and run the interval again."
+        )
+
+    return Fault(source.name, said("a time"), said(time))
 
 
 def _with(values: pl.Series, mended: Mapping[int, str | list[str | None]]) -> pl.Series:
@@ -167,24 +187,24 @@ def _reason(source: Column, destination: DestinationColumn, table: DestinationTa
     )
 
 
-def bad_rows(frame: pl.DataFrame, reasons: Mapping[int, tuple[str | None, str]], model: Model) -> list[BadRow]:
-    r"""Rows of a frame as bad ones, by row with the column at fault and the reason. A byte that is no UTF-8 is \udcXX."""
-    found = sorted(reasons)
+def bad_rows(frame: pl.DataFrame, faults: Mapping[int, Fault], model: Model) -> list[BadRow]:
+    r"""Rows of a frame as bad ones, by row with what is wrong. A byte that is no UTF-8 is \udcXX."""
+    found = sorted(faults)
     rows = frame[found]
     intervals = rows[INTERVAL].to_list() if INTERVAL in rows.columns else [None] * len(found)
     bad = []
     for place, interval, row in zip(
         found, intervals, _values(rows.drop(IDENTITY, STATE, INTERVAL, strict=False)), strict=True
     ):
-        column, reason = reasons[place]
-        text = _json(row)
+        fault, text = faults[place], _json(row)
         if len(text) > ROW_BYTES:
-            cut = {name: value[:KEPT_CHARACTERS] if isinstance(value, str) else value for name, value in row.items()}
-            text = _json(cut)
-            reason = (
-                f"{reason}\nThe row is too great to be kept: of each text the first {KEPT_CHARACTERS} characters are."
+            text = _json(
+                {name: value[:KEPT_CHARACTERS] if isinstance(value, str) else value for name, value in row.items()}
             )
-        bad.append(BadRow(_json({name: row[name] for name in model.key}), column, reason, text, interval))
+            fault = fault.with_note(
+                f"The row is too great to be kept: of each text the first {KEPT_CHARACTERS} characters are."
+            )
+        bad.append(BadRow(_json({name: row[name] for name in model.key}), fault, text, interval))
     return bad
 
 
@@ -233,14 +253,14 @@ def _repaired_escape(escape: re.Match[str]) -> str:
     return "\\ufffd"
 
 
-def _too_long_keys(frame: pl.DataFrame, table: DestinationTable) -> dict[int, tuple[str, str]]:
+def _too_long_keys(frame: pl.DataFrame, table: DestinationTable) -> dict[int, Fault]:
     """Rows of a merge whose key is longer than the primary key's index can hold."""
     texts = [name for name in table.model.key if frame.schema[name] == pl.String]
     if not (table.model.merge and texts):
         return {}
     size = frame.select(pl.sum_horizontal(pl.col(name).str.len_bytes() for name in texts)).to_series()
     reason = f"The key is longer than {KEY_BYTES} bytes, more than an index of Postgres holds."
-    return dict.fromkeys((size > KEY_BYTES).arg_true(), (texts[0], reason))
+    return dict.fromkeys((size > KEY_BYTES).arg_true(), Fault(texts[0], reason))
 
 
 def _json_suspects(values: pl.Series) -> pl.Series:

@@ -6,7 +6,9 @@ from adbc_driver_manager import AdbcStatusCode
 from adbc_driver_postgresql import dbapi
 
 from pg_exports.errors import DestinationError, PassingError
+from pg_exports.postgres import messages
 from pg_exports.postgres.identifiers import quoted
+from pg_exports.postgres.watchdog import ANSWER_BYTES
 
 # Classes and codes of Postgres's "Appendix A" that a later try may not meet. All others are about the statement, a privilege
 # or a value: another try meets them again.
@@ -28,6 +30,7 @@ READ_ONLY = "25006"
 """read_only_sql_transaction. Servers change roles in a failover, so it may pass."""
 
 _QUERY_CANCELED = "57014"
+_LOCK_NOT_AVAILABLE = "55P03"
 
 # The driver, which looks for the names of types without quotes.
 _UNKNOWN_TYPES = "Postgres type with oid 0 not found"
@@ -39,7 +42,6 @@ _UNKNOWN_TYPES_REMEDY = (
 
 # A table, function or type that is not found, within a function: a trigger's, a generated column's, a constraint's.
 _NOT_FOUND = ("42P01", "42883", "42704", "3F000")
-_IN_A_FUNCTION = re.compile(r"function .* line \d+|SQL function", re.IGNORECASE)
 
 _SEARCH_PATH_REMEDY = (
     "A function that the table calls names something without its schema, and exports look names up in pg_catalog alone. Write "
@@ -178,9 +180,13 @@ _LIMITS = (
 )
 
 
+class LockedError(PassingError):
+    """Somebody else held a lock for longer than `lock_timeout`."""
+
+
 def connecting(error: dbapi.Error, *, address: str, user: str, database: str) -> DestinationError | PassingError:
     """The error to raise when no connection could be made. What is not known to be permanent is taken as passing."""
-    reason, state = server_message(error), error.sqlstate or ""
+    reason, state = messages.shown(error), error.sqlstate or ""
     message = f"No connection to Postgres at {address}, database {database}, as {user}: {reason}"
     if state == _QUERY_CANCELED:
         # The driver reads the catalog before it takes any setting from us.
@@ -204,8 +210,8 @@ def connecting(error: dbapi.Error, *, address: str, user: str, database: str) ->
 
 
 def during(error: dbapi.Error, doing: str) -> DestinationError | PassingError:
-    """The error to raise when a statement failed: Postgres's own message, detail and context, and where it was."""
-    message, state = server_message(error), error.sqlstate or ""
+    """The error to raise when a statement failed: what Postgres says, but for what may quote a row, and where it was."""
+    message, state = messages.shown(error), error.sqlstate or ""
     if not state and error.status_code == AdbcStatusCode.IO:
         return PassingError(_with_limit(f"The connection to Postgres broke while {doing}: {message}", message))
     if _UNKNOWN_TYPES in message:
@@ -213,11 +219,23 @@ def during(error: dbapi.Error, doing: str) -> DestinationError | PassingError:
     refusal = f"Postgres refused while {doing}: {message}"
     if state == READ_ONLY or re.search("during recovery|recovery is in progress", message):
         return PassingError(f"{refusal}\n{_STANDBY_REMEDY}")
+    if state == _LOCK_NOT_AVAILABLE:
+        return LockedError(refusal)
     if state.startswith(PASSING_SQLSTATES):
         return PassingError(_with_limit(refusal, message))
-    if state in _NOT_FOUND and _IN_A_FUNCTION.search(_fields(error).get("PG_DIAG_CONTEXT", "")):
+    if state in _NOT_FOUND and messages.is_in_a_function(error):
         return DestinationError(f"{refusal}\n{_SEARCH_PATH_REMEDY}")
+    if messages.is_about_a_row(error):
+        return DestinationError(f"{refusal}\nWhich row it was is in Postgres's own log; it is quoted nowhere else.")
     return DestinationError(refusal)
+
+
+def flooded(doing: str) -> DestinationError:
+    """The error to raise when the server has sent more than any answer has."""
+    return DestinationError(
+        f"Postgres sent more than {ANSWER_BYTES // 1024**2} MB while {doing}, where a few rows were to be expected: the "
+        "connection was given up. Is `host` (POSTGRES_HOST) the server that you mean?"
+    )
 
 
 def _with_limit(message: str, reason: str) -> str:
@@ -227,44 +245,3 @@ def _with_limit(message: str, reason: str) -> str:
         if match:
             return f"{message}\n{remedy.format(*match.groups())}"
     return message
-
-
-def server_message(error: dbapi.Error) -> str:
-    """Postgres's primary message with its detail, hint and context (which for COPY names line and column)."""
-    fields = _fields(error)
-    parts = [
-        fields[name]
-        for name in ("PG_DIAG_MESSAGE_PRIMARY", "PG_DIAG_MESSAGE_DETAIL", "PG_DIAG_MESSAGE_HINT", "PG_DIAG_CONTEXT")
-        if name in fields
-    ]
-    return "; ".join(parts) if parts else _libpq_text(error)
-
-
-def copy_line(error: dbapi.Error, table: str) -> int | None:
-    """The line of a COPY into `table` at which Postgres refused, from 1.
-
-    Only the context's last line counts: every other part of the message may quote a value that looks like it. It is in the
-    server's language: "COPY t, line 1", "COPY t, Zeile 1", "tのCOPY、行 1", "t 복사, 1번째 줄".
-    """
-    last = _fields(error).get("PG_DIAG_CONTEXT", "").rsplit("\n", 1)[-1]
-    name = re.escape(table)
-    match = re.match(rf"(?:COPY {name}, |{name}のCOPY、|{name} 복사, )\D*(\d+)", last)
-    return int(match.group(1)) if match else None
-
-
-def constraint(error: dbapi.Error) -> str:
-    """The name of the constraint that refused, or nothing."""
-    return _fields(error).get("PG_DIAG_CONSTRAINT_NAME", "")
-
-
-def _fields(error: dbapi.Error) -> dict[str, str]:
-    return {
-        name.decode() if isinstance(name, bytes) else name: value.decode(errors="replace")
-        for name, value in (error.details or [])
-    }
-
-
-def _libpq_text(error: dbapi.Error) -> str:
-    """Libpq's words without the driver's, which repeats the statement behind them."""
-    text = re.sub(r"^[A-Z_]+: (\[libpq\] )?(Failed to connect: )?|\s*Query was: .*", "", str(error), flags=re.DOTALL)
-    return re.sub(r"\s*\n\s*", " ", text).strip()

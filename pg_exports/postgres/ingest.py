@@ -15,8 +15,8 @@ from adbc_driver_postgresql import dbapi
 from pg_exports.errors import DestinationError
 from pg_exports.interval import OnBadRows, Seconds
 from pg_exports.models import INTERVAL
-from pg_exports.postgres import bad_rows, errors, types
-from pg_exports.postgres.bad_rows import BadRow, SortedRows
+from pg_exports.postgres import bad_rows, messages, types
+from pg_exports.postgres.bad_rows import BadRow, Fault, SortedRows
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 from pg_exports.read_ahead import read_ahead
@@ -186,7 +186,7 @@ def _copy(
     it are sent, and then that one alone; the rest follows in small lots that grow while they are good. Where it names none,
     or not the right one, the lot is halved.
     """
-    bad: dict[int, tuple[str | None, str]] = {}
+    bad: dict[int, Fault] = {}
     rows, height = piece.rows, piece.rows.good.height
     begin, lot = 0, height
     # Before `suspect` there is a row that was refused among others; `is_named`: the lot ends before one that COPY has named.
@@ -205,13 +205,17 @@ def _copy(
             if begin < height:
                 session.execute(_SAVEPOINT, doing="setting a savepoint")
             continue
-        row = errors.copy_line(error, into)
+        row = messages.copy_line(error, into)
         if size == 1:
             # What a trigger refuses of each statement is no row's fault.
-            if row is None and not is_about_rows and _refused(session, table, into, piece.batches(begin, 0)):
-                session.explain(error, f"copying rows into {table.qualified}, even none")
+            if row is None and not is_about_rows:
+                of_none = _refused(session, table, into, piece.batches(begin, 0))
+                if of_none:
+                    raise DestinationError(
+                        f"{table.qualified} refuses even a COPY of no rows: {messages.whole(of_none)}"
+                    )
             is_about_rows = is_about_rows or row is None
-            bad[begin] = None, errors.server_message(error)
+            bad[begin] = _fault(error, table, into)
             if on_bad_rows == "fail":
                 break
             begin, lot, suspect = begin + 1, SMALL_LOT if row else 1, 0
@@ -225,6 +229,15 @@ def _copy(
     return went_in, bad_rows.bad_rows(rows.as_they_were, bad, table.model) if bad else []
 
 
+def _fault(error: dbapi.Error, table: DestinationTable, into: str) -> Fault:
+    column = messages.copy_column(error, into)
+    column = column if column in table.column_names else None
+    at = f" at its column {column}" if column else ""
+    # Not by the name of a staging table.
+    shown, whole = (said(error).replace(into, table.destination.table) for said in (messages.shown, messages.whole))
+    return Fault(column, f"Postgres refuses the row{at}: {shown}.", whole)
+
+
 def _refused(session: Session, table: DestinationTable, into: str, batches: pa.RecordBatchReader) -> dbapi.Error | None:
     """COPY some rows, all or none; gives Postgres's refusal if it is about what a row holds. Raises any other one."""
     try:
@@ -233,7 +246,7 @@ def _refused(session: Session, table: DestinationTable, into: str, batches: pa.R
         if not (error.sqlstate or "").startswith(_ABOUT_A_ROW):
             session.explain(error, f"copying rows into {table.qualified}")
         session.execute("ROLLBACK TO SAVEPOINT pg_exports_copy", doing="going back to a savepoint")
-        if error.sqlstate == _FOREIGN_KEY and _refers_to_itself(session, table, errors.constraint(error)):
+        if error.sqlstate == _FOREIGN_KEY and _refers_to_itself(session, table, messages.constraint(error)):
             session.explain(error, f"copying rows into {table.qualified}, which refers to itself")
         return error
     return None
@@ -281,6 +294,6 @@ _WITH_PARTITIONS = "SELECT $1::bigint::oid UNION ALL SELECT relid FROM pg_partit
 
 def _failure(bad: BadRow) -> str:
     return (
-        f"{bad.reason}\nThe row is the one with {bad.key}. No row of the interval was written. With `on_bad_rows: reject` "
-        "such rows are set aside, and the others land."
+        f"{bad.fault.reason}\nThe row is the one with {bad.key}. No row of the interval was written. With "
+        "`on_bad_rows: reject` such rows are set aside, and the others land."
     )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from pg_exports.errors import PassingError
 from pg_exports.interval import Interval
-from pg_exports.postgres.session import LOCK_TIMEOUT, Session
+from pg_exports.postgres import advisory_locks
+from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import Destination
 
 
@@ -24,19 +25,8 @@ def lock(
     """
     name, parts = _names(destination)
     if whole_table:
-        session.execute(
-            "SELECT pg_advisory_xact_lock(hashtext($1))",
-            name,
-            doing=f"waiting for another run into {destination.qualified}",
-            patience=LOCK_TIMEOUT,
-        )
-    session.execute(
-        "SELECT count(pg_advisory_xact_lock(hashtext($1), hour::int)) FROM generate_series($2::bigint, $3::bigint) AS hour",
-        name,
-        *_hours(intervals[0]),
-        doing=f"waiting for another run of {intervals[0]}",
-        patience=LOCK_TIMEOUT,
-    )
+        advisory_locks.take(session, name, doing=f"waiting for another run into {destination.qualified}")
+    advisory_locks.take(session, name, _hours(intervals[0]), doing=f"waiting for another run of {intervals[0]}")
     held = None
     if len(intervals) > 1:
         held = _first_held(session, name, intervals)
@@ -105,13 +95,8 @@ def _without_parts(session: Session, parts: str, intervals: Sequence[Interval]) 
     if before:
         return before
     session.execute("SAVEPOINT pg_exports_parts", doing="setting a savepoint")
-    session.execute(
-        "SELECT count(pg_advisory_xact_lock(hashtext($1), hour::int)) FROM generate_series($2::bigint, $3::bigint) AS hour",
-        parts,
-        *_hours(intervals[0]),
-        doing=f"waiting for parts of {intervals[0]} that an earlier run commits",
-        patience=LOCK_TIMEOUT,
-    )
+    doing = f"waiting for parts of {intervals[0]} that an earlier run commits"
+    advisory_locks.take(session, parts, _hours(intervals[0]), doing=doing)
     # Nobody else can come by them now: the hours are this session's. Its own further sessions need them.
     session.execute("ROLLBACK TO SAVEPOINT pg_exports_parts", doing="going back to a savepoint")
     session.execute("RELEASE SAVEPOINT pg_exports_parts", doing="releasing a savepoint")

@@ -57,9 +57,24 @@ INTERVAL_COLUMN = "pg_exports_interval"
 """In a staging table with the rows of several intervals: in which of them a row counts, as in a frame's `INTERVAL`."""
 
 
+# COPY names the row that one refuses; the statement of a merge does not, and all rows fail with it. Not where a trigger may
+# still change the row.
+_CHECKS = """
+SELECT conname::text, pg_get_constraintdef(oid)
+FROM pg_constraint
+WHERE conrelid = $1::bigint::oid AND contype = 'c' AND convalidated AND cardinality(conkey) > 0
+    AND NOT EXISTS (
+        SELECT FROM unnest(conkey) AS number
+        JOIN pg_attribute ON attrelid = conrelid AND attnum = number
+        WHERE attname <> ALL ($2::text[])
+    )
+    AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = conrelid AND tgtype::int & 7 = 7 AND tgenabled <> 'D')
+"""
+
+
 @contextlib.contextmanager
 def staging_table(session: Session, table: DestinationTable, *, of_several_intervals: bool = False) -> Iterator[str]:
-    """A table with the destination's columns and types, for the rest of the block. Gives its name.
+    """A table with the destination's columns, types and checks, for the rest of the block. Gives its name.
 
     Raises:
         DestinationError: the role may not create tables in the schema; or the destination cannot be asked for its keys.
@@ -75,6 +90,10 @@ def staging_table(session: Session, table: DestinationTable, *, of_several_inter
         f"SELECT {table.column_list}{interval} FROM {table.qualified} WITH NO DATA",
         doing="creating the staging table",
     )
+    checks = session.rows(_CHECKS, table.oid, table.column_names, doing="reading the table's constraints")
+    if checks:
+        added = ", ".join(f"ADD CONSTRAINT {quoted(str(check))} {condition}" for check, condition in checks)
+        session.execute(f"ALTER TABLE {quoted(schema, name)} {added}", doing="adding checks to the staging table")
     yield name
     session.execute(f"DROP TABLE {quoted(schema, name)}", doing="dropping the staging table")
 

@@ -222,7 +222,7 @@ def unresolved(session: Session, table: DestinationTable, exports: Mapping[Inter
 def keep(
     session: Session, table: DestinationTable, export: str, interval: Interval, run_id: str, rows: Sequence[BadRow]
 ) -> None:
-    """Set rows aside. The same row of the same interval is kept once."""
+    """Set rows aside, with all that Postgres says of them. The same row of the same interval is kept once."""
     # One statement may not meet a row that it has just written.
     different = list({bad.row: bad for bad in rows}.values())
     for batch in _batches(different, size=lambda bad: len(bad.row)):
@@ -235,8 +235,8 @@ def keep(
             run_id,
             [bad.row for bad in batch],
             [bad.key for bad in batch],
-            [bad.column for bad in batch],
-            [bad.reason for bad in batch],
+            [bad.fault.column for bad in batch],
+            [bad.fault.words or bad.fault.reason for bad in batch],
             doing="setting rejected rows aside",
         )
 

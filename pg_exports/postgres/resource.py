@@ -56,7 +56,7 @@ _FIXED = {
 
 
 # For what the driver asks before our first statement. `session` has the reason.
-_SEARCH_PATH = "-csearch_path=pg_catalog,pg_temp"
+_OPTIONS = "-csearch_path=pg_catalog,pg_temp -cclient_min_messages=error"
 
 # PgBouncer; RDS Proxy.
 _NO_OPTIONS = re.compile("unsupported startup parameter|support command-line options")
@@ -139,6 +139,8 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
                 watchdog.keep(new_connection(before, self.port))
             except BaseException:
                 watchdog.close()
+                if watchdog.was_flooded:
+                    raise errors.flooded("logging in") from None
                 raise
         session = Session(connection, watchdog, self.read_timeout)
         try:
@@ -225,7 +227,7 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
         address = (self.host, self.port)
         if address not in _WITHOUT_OPTIONS:
             try:
-                return dbapi.connect(_conninfo({**settings, "options": _SEARCH_PATH}), autocommit=True)
+                return dbapi.connect(_conninfo({**settings, "options": _OPTIONS}), autocommit=True)
             except dbapi.Error as error:
                 if not _NO_OPTIONS.search(str(error)):
                     raise

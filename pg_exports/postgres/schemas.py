@@ -1,8 +1,9 @@
 """The schema that an export writes to: whether the role may use it and create tables there, and pg_exports' own tables."""
 
 from pg_exports.errors import DestinationError
+from pg_exports.postgres import advisory_locks
 from pg_exports.postgres.identifiers import quoted
-from pg_exports.postgres.session import LOCK_TIMEOUT, Session
+from pg_exports.postgres.session import Session
 
 CREATION_LOCK = "pg_exports: create tables"
 """What runs that want to create a table queue up behind: CREATE TABLE IF NOT EXISTS alone fails side by side."""
@@ -56,12 +57,7 @@ def check_may_create(session: Session, schema: str, what: str) -> None:
 
 def wait_to_create(session: Session, what: str) -> None:
     """Until the transaction ends, be the only run that creates tables."""
-    session.execute(
-        "SELECT pg_advisory_xact_lock(hashtext($1))",
-        CREATION_LOCK,
-        doing=f"waiting for another run before creating {what}",
-        patience=LOCK_TIMEOUT,
-    )
+    advisory_locks.take(session, CREATION_LOCK, doing=f"waiting for another run before creating {what}")
 
 
 def ensure_own(session: Session, schema: str, name: str, create: str) -> None:

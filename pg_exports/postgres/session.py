@@ -5,6 +5,7 @@ Every wait is bounded: for a lock by the server, for an answer by a watchdog, fo
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from adbc_driver_postgresql import dbapi
 
 from pg_exports.errors import DestinationError, PassingError
 from pg_exports.postgres import errors
-from pg_exports.postgres.watchdog import Watchdog
+from pg_exports.postgres.watchdog import ANSWER_BYTES, Watchdog
 
 LOCK_TIMEOUT = 600
 """Seconds to wait for another run that holds the interval or the table."""
@@ -29,9 +30,11 @@ MERGE_TIMEOUT = 3600
 
 # Before anything else: what others have created in a schema that is searched must not be taken for Postgres's own functions
 # and operators, which it would be where it fits the types better (CVE-2018-1058). SET itself calls none.
+# Notices, as of a trigger for each row, libpq would write to standard error.
 _BEGIN = """
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
-SET LOCAL search_path = pg_catalog, pg_temp
+SET LOCAL search_path = pg_catalog, pg_temp;
+SET LOCAL client_min_messages = error
 """
 
 # For this transaction alone, as a pooler gives the connection to others after it. A statement is bounded by the watchdog and
@@ -124,7 +127,7 @@ class Session:
         def answer(cursor: dbapi.Cursor) -> list[tuple[object, ...]]:
             return [tuple(row) for row in cursor.fetchall()]
 
-        return self._answer(answer, sql, parameters, doing, patience)
+        return self._answer(answer, sql, parameters, doing, patience, ANSWER_BYTES)
 
     def arrow(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> pa.Table:
         """The rows of one statement as an Arrow table. Arguments and errors as those of `rows`."""
@@ -132,7 +135,7 @@ class Session:
         def answer(cursor: dbapi.Cursor) -> pa.Table:
             return cursor.fetch_arrow_table()
 
-        return self._answer(answer, sql, parameters, doing, patience)
+        return self._answer(answer, sql, parameters, doing, patience, math.inf)
 
     def _answer(
         self,
@@ -141,6 +144,7 @@ class Session:
         parameters: Sequence[object],
         doing: str,
         patience: float,
+        answer_bytes: float,
     ) -> Answer:
         """What is read of a statement's answer."""
 
@@ -149,9 +153,9 @@ class Session:
                 cursor.execute(sql, _bound(parameters))
                 return read(cursor)
 
-        with self.transaction():
+        with self.transaction(doing):
             try:
-                return self._bounded(answer, patience)
+                return self._bounded(answer, patience, answer_bytes)
             except dbapi.Error as error:
                 self.explain(error, doing)
 
@@ -160,7 +164,7 @@ class Session:
         self.rows(sql, *parameters, doing=doing, patience=patience)
 
     @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
+    def transaction(self, doing: str = "beginning a transaction") -> Iterator[None]:
         """BEGIN and COMMIT around a block; ROLLBACK when it raises. Within another transaction: a part of that one.
 
         Names are looked up in `pg_catalog` alone: tables are always written with their schema.
@@ -170,7 +174,7 @@ class Session:
         if self._is_in_transaction:
             yield
             return
-        self._begin()
+        self._send(_BEGIN, doing)
         self._is_in_transaction = True
         try:
             [(process, started, replication_role, *_)] = self.rows(
@@ -211,6 +215,8 @@ class Session:
         Raises:
             DestinationError, PassingError: as the driver's error has it; a frozen connection is a passing one.
         """
+        if self._watchdog.was_flooded:
+            raise errors.flooded(doing) from None
         if self._watchdog.has_acted:
             raise PassingError(
                 f"Postgres stopped answering while {doing}: nothing for {self._read_timeout:.0f} s (the connection's "
@@ -228,9 +234,6 @@ class Session:
         """Have the server keep the connection, however long it waits between transactions. Raises as `rows`."""
         self._send(_NO_IDLE_TIMEOUT, doing="setting timeouts")
 
-    def _begin(self) -> None:
-        self._send(_BEGIN, doing="beginning a transaction")
-
     def _send(self, sql: str, doing: str) -> None:
         """Run a statement in one message: `rows` sends several, which a pooler may give to different servers outside a
         transaction.
@@ -245,13 +248,13 @@ class Session:
         except dbapi.Error as error:
             self.explain(error, doing)
 
-    def _bounded(self, call: Callable[[], Answer], patience: float = 0) -> Answer:
-        """What a driver's call gives, within the time it may take.
+    def _bounded(self, call: Callable[[], Answer], patience: float = 0, answer_bytes: float = ANSWER_BYTES) -> Answer:
+        """What a driver's call gives, within the time it may take, and the bytes that the answer may have.
 
         On a thread of its own: on the main one ADBC takes SIGINT for itself, and a run that Dagster tells to end would not
         hear of it. Here it does at once; the statement is cancelled then.
         """
-        with self._watchdog.limit(self._read_timeout + patience):
+        with self._watchdog.limit(self._read_timeout + patience, answer_bytes):
             running = self._driver.submit(call)
             try:
                 return running.result()

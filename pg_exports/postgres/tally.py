@@ -97,7 +97,8 @@ class Tally:
         """Rows that were rejected."""
         self.rejected += len(rows)
         self.examples += [
-            Example(self.interval, row.key, row.column, row.reason) for row in rows[: SAMPLE - len(self.examples)]
+            Example(self.interval, row.key, row.fault.column, row.fault.reason)
+            for row in rows[: SAMPLE - len(self.examples)]
         ]
 
     def written(self, past: Past) -> Written:

@@ -5,9 +5,11 @@ from this side does not wake it. Shutting its socket down does, at once.
 """
 
 import contextlib
+import math
 import os
 import socket
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -15,12 +17,21 @@ from collections.abc import Callable, Collection, Iterator
 POLL_SECONDS = 0.25
 """How often the watchdog looks at the clock."""
 
+ANSWER_BYTES = 64 * 1024 * 1024
+"""What a server may send in answer to a login, or to a statement that gives a few rows. libpq writes notices to standard
+error, and takes any number of them.
+"""
+
+# Where `tcpi_bytes_received` is in Linux's struct tcp_info (linux/tcp.h).
+_BYTES_RECEIVED = slice(128, 136)
+
 
 class Watchdog:
-    """Shuts a connection's socket down when a block takes longer than it may.
+    """Shuts a connection's socket down when a block takes longer than it may, or the server sends more.
 
     Attributes:
-        has_acted: the connection was frozen, and is gone.
+        has_acted: the connection was frozen or flooded, and is gone.
+        was_flooded: the latter.
     """
 
     def __init__(self, find: Callable[[], socket.socket | None]) -> None:
@@ -28,8 +39,10 @@ class Watchdog:
         self._find = find
         self._socket: socket.socket | None = None
         self._deadline: float | None = None
+        self._most_bytes: float = math.inf
         self._over = threading.Event()
         self.has_acted = False
+        self.was_flooded = False
         threading.Thread(target=self._watch, name="pg_exports watchdog", daemon=True).start()
 
     def keep(self, connection: socket.socket | None) -> None:
@@ -38,8 +51,9 @@ class Watchdog:
         self._socket = connection
 
     @contextlib.contextmanager
-    def limit(self, seconds: float) -> Iterator[None]:
-        """Let the block take so many seconds."""
+    def limit(self, seconds: float, answer_bytes: float = ANSWER_BYTES) -> Iterator[None]:
+        """Let the block take so many seconds, and the server send so many bytes (where the system counts them: on Linux)."""
+        self._most_bytes = _received(self._socket) + answer_bytes
         self._deadline = time.monotonic() + seconds
         try:
             yield
@@ -55,13 +69,27 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(POLL_SECONDS):
             deadline = self._deadline
-            if deadline is not None and time.monotonic() > deadline:
-                found = self._socket or self._find()
-                if found:
-                    self.has_acted = True
-                    with contextlib.suppress(OSError):
-                        found.shutdown(socket.SHUT_RDWR)
+            if deadline is None:
+                continue
+            found = self._socket or self._find()
+            is_flooded = _received(found) > self._most_bytes
+            if found and (is_flooded or time.monotonic() > deadline):
+                self.was_flooded, self.has_acted = is_flooded, True
+                with contextlib.suppress(OSError):
+                    found.shutdown(socket.SHUT_RDWR)
                 return
+            if found is not self._socket and found:
+                found.close()
+
+
+def _received(connection: socket.socket | None) -> int:
+    """The bytes that have come over a connection so far; 0 where that is not counted."""
+    if connection is None or sys.platform != "linux":
+        return 0
+    with contextlib.suppress(OSError):
+        information = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _BYTES_RECEIVED.stop)
+        return int.from_bytes(information[_BYTES_RECEIVED], sys.byteorder)
+    return 0
 
 
 def open_sockets() -> dict[tuple[int, int], int]:

@@ -21,6 +21,9 @@ CLEARTEXT = struct.pack("!cII", b"R", 8, 3)
 MD5 = struct.pack("!cII4s", b"R", 12, 5, b"salt")
 """AuthenticationMD5Password."""
 
+NOTICE = struct.pack("!cI", b"N", 4 + 3 + 1000 + 1) + b"SX\0" + b"M" + b"x" * 998 + b"\0" + b"\0"
+"""NoticeResponse, of a thousand characters."""
+
 NOTHING = struct.pack("!cII", b"R", 8, 0) + struct.pack("!cIc", b"Z", 5, b"I")
 """AuthenticationOk and ReadyForQuery."""
 
@@ -34,8 +37,13 @@ class HostileServer:
         heard: all that they sent after that, decrypted.
     """
 
-    def __init__(self, certificates: Certificates, asks_for: bytes, upstream: int | None = None) -> None:
-        """`asks_for`: what is answered to a login. `upstream`: the port of the real server, to be in between."""
+    def __init__(
+        self, certificates: Certificates, asks_for: bytes, upstream: int | None = None, *, floods: bool = False
+    ) -> None:
+        """`asks_for`: what is answered to a login. `upstream`: the port of the real server, to be in between. `floods`: send
+        notices without an end after that.
+        """
+        self._floods = floods
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificates.certificate, certificates.key)
         self._asks_for = asks_for
@@ -71,6 +79,8 @@ class HostileServer:
             self.startups.append(startup)
             if self._upstream is None:
                 encrypted.sendall(self._asks_for)
+                while self._floods:
+                    encrypted.sendall(NOTICE * 1000)
                 while received := encrypted.recv(_CHUNK):
                     self.heard += received
             else:
@@ -100,10 +110,10 @@ class HostileServer:
 
 @contextlib.contextmanager
 def hostile_server(
-    certificates: Certificates, asks_for: bytes = b"", *, upstream: int | None = None
+    certificates: Certificates, asks_for: bytes = b"", *, upstream: int | None = None, floods: bool = False
 ) -> Iterator[HostileServer]:
     """Such a server for as long as the block lasts."""
-    server = HostileServer(certificates, asks_for, upstream)
+    server = HostileServer(certificates, asks_for, upstream, floods=floods)
     try:
         yield server
     finally:

@@ -71,7 +71,7 @@ def test_what_could_be_repaired_is_bad_where_the_export_says_reject() -> None:
     done = sorted_rows("reject", properties=[r'"\u0000"', "{}"], event=["a", "b"])
     assert done.good.height == 1
     [bad] = done.bad
-    assert bad.column == "properties"
+    assert bad.fault.column == "properties"
     assert json.loads(bad.row)["properties"] == r'"\u0000"'
     assert "identity" not in json.loads(bad.row)
     assert json.loads(bad.key)["event"] == "a"
@@ -83,15 +83,15 @@ def test_of_a_row_that_is_too_great_to_be_kept_the_beginning_of_each_text_is(mon
     done = sorted_rows("reject", properties=[r'"\u0000"' + "é" * 200, r'"\u0000"'])
     great, small = done.bad
     assert json.loads(great.row)["properties"] == r'"\u00'
-    assert "first 5 characters" in great.reason
+    assert "first 5 characters" in great.fault.reason
     assert json.loads(small.row)["properties"] == r'"\u0000"'
 
 
 def test_a_text_that_is_too_long_and_a_number_that_is_too_great_have_no_faithful_repair() -> None:
     done = sorted_rows("repair", event=["x" * 201, "é" * 200, "y"], team_id=[1, 2, 2**31])
     assert done.good["event"].to_list() == ["é" * 200]
-    assert [bad.column for bad in done.bad] == ["event", "team_id"]
-    assert "VARCHAR(200)" in done.bad[0].reason
+    assert [bad.fault.column for bad in done.bad] == ["event", "team_id"]
+    assert "VARCHAR(200)" in done.bad[0].fault.reason
 
 
 def test_a_nul_in_a_list_of_texts_is_repaired_in_its_place() -> None:
@@ -116,10 +116,14 @@ def test_wrong_bytes_make_a_repaired_row_a_rejected_one_or_nothing_where_the_col
     done = sorted_rows("reject", **columns)
     assert done.good["event"].to_list() == ["a", "c"]
     [bad] = done.bad
-    assert (bad.column, json.loads(bad.row)["event"], json.loads(bad.key)["event"]) == ("event", "a\udcff", "a\udcff")
+    assert (bad.fault.column, json.loads(bad.row)["event"], json.loads(bad.key)["event"]) == (
+        "event",
+        "a\udcff",
+        "a\udcff",
+    )
     assert "as_read" not in json.loads(bad.row)
     assert r"a\udcff" in bad.row
-    assert "no UTF-8" in bad.reason
+    assert "no UTF-8" in bad.fault.reason
 
 
 def test_wrong_bytes_in_a_merges_key_are_never_repaired() -> None:
@@ -129,14 +133,15 @@ def test_wrong_bytes_in_a_merges_key_are_never_repaired() -> None:
         {"team_id": [1], "distinct_id": ["\ufffd"], "as_read": [json.dumps({"distinct_id": "\udcff"})]}
     )
     done = sort_out(frame, table, "repair")
-    assert (done.good.height, [bad.column for bad in done.bad]) == (0, ["distinct_id"])
+    assert (done.good.height, [bad.fault.column for bad in done.bad]) == (0, ["distinct_id"])
 
 
 def test_a_number_past_64_bits_is_rejected_with_its_digits() -> None:
     done = sorted_rows("repair", team_id=[1, None], as_read=[None, json.dumps({"team_id": 2**64 - 1})])
     assert done.good["team_id"].to_list() == [1]
     [bad] = done.bad
-    assert "18446744073709551615" in bad.reason
+    assert "18446744073709551615" in str(bad.fault.words)
+    assert "18446744073709551615" not in bad.fault.reason
     assert json.loads(bad.row)["team_id"] == 2**64 - 1
 
 

@@ -140,8 +140,8 @@ MISFITS: list[tuple[str, Row, str]] = [
     ("event varchar(3)", {"event": "four"}, "Column event of"),
     ("team_id smallint", {"team_id": 32_768}, "Column team_id of"),
     ("team_id integer", {"team_id": -(2**31) - 1}, "Column team_id of"),
-    ("team_id numeric(3)", {"team_id": 1_000}, "numeric field overflow"),
-    ("properties jsonb", {"properties": '{"a":'}, "invalid input syntax for type json"),
+    ("team_id numeric(3)", {"team_id": 1_000}, "number is out of the range"),
+    ("properties jsonb", {"properties": '{"a":'}, "at its column properties: a text is no value of the type"),
     ("properties varchar(7)", {"properties": '{"a": 1}'}, "Column properties of"),
     ("event text", {"event": "a\0b"}, "Column event holds a NUL"),
     ("event text CHECK (event <> 'no')", {"event": "no"}, "violates check constraint"),
@@ -220,7 +220,7 @@ def test_a_database_that_cannot_hold_every_character_is_an_error_that_names_the_
             with session.transaction():
                 copy(session, table, "events", event(1, event="é"))
             assert session.rows("SELECT event FROM s.events", doing="reading") == [("é",)]
-            with pytest.raises(DestinationError, match='no equivalent in encoding "LATIN1"') as refused:
+            with pytest.raises(DestinationError, match="the database's encoding has not") as refused:
                 load_by(session, table.destination, EVENTS, event(2), event(3, event="🦔"))
             assert UUID.format(3) in str(refused.value)
     finally:

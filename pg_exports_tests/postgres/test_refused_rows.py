@@ -167,15 +167,15 @@ def test_each_row_that_postgres_refuses_is_set_aside_and_every_other_one_lands(n
         went_in, aside = copy(session, destination, numbered(1_100))
     assert {int(json.loads(bad.row)["distinct_id"]) for bad in aside} == refused
     assert {int(n) for n in went_in} == set(range(1_100)) - refused
-    assert all(reason in bad.reason for bad in aside)
+    assert all(reason in str(bad.fault.words) for bad in aside)
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_with_fail_the_first_row_that_postgres_refuses_is_named(name: str, target: Target) -> None:
-    statements, refused, reason = REFUSALS[name]
+    statements, refused, _ = REFUSALS[name]
     destination = create(target, *statements)
     with target.resource().session() as session:
-        with pytest.raises(DestinationError, match=reason) as failed:
+        with pytest.raises(DestinationError, match="Postgres refuses the row") as failed:
             copy(session, destination, numbered(1_100), "fail")
         assert session.rows(f"SELECT FROM {destination.qualified}", doing="reading") == []
     assert any(json.dumps({"distinct_id": str(n)})[1:-1] in str(failed.value) for n in refused)
@@ -214,7 +214,10 @@ def test_a_trigger_that_refuses_every_statement_stops_the_interval_and_sets_no_r
         "CREATE FUNCTION closed() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'closed on Sundays'; END $$",
         f"CREATE TRIGGER closed {moment} INSERT ON events EXECUTE FUNCTION closed()",
     )
-    with target.resource().session() as session, pytest.raises(DestinationError, match="closed on Sundays"):
+    with (
+        target.resource().session() as session,
+        pytest.raises(DestinationError, match="even a COPY of no rows: closed on Sundays"),
+    ):
         copy(session, destination, numbered(100))
 
 
@@ -229,7 +232,7 @@ ORPHANS_LAST: list[dict[str, object]] = [
 def test_a_foreign_key_of_a_table_to_itself_sets_no_child_aside_whose_parent_comes_later(target: Target) -> None:
     destination = create(target, f"CREATE TABLE events ({TREE})")
     with target.resource().session() as session:
-        with pytest.raises(DestinationError, match=r"which refers to itself: .*nobody"):
+        with pytest.raises(DestinationError, match=r"which refers to itself: .*events_event_fkey"):
             copy(session, destination, ORPHANS_LAST)
         assert copy(session, destination, ORPHANS_LAST[:2]) == ({"1", "2"}, [])
 
@@ -241,7 +244,7 @@ def test_a_tree_whose_key_is_deferred_may_have_its_parents_in_a_later_copy(
     destination = create(target, f"CREATE TABLE events ({TREE} DEFERRABLE INITIALLY DEFERRED)")
     with target.resource().session() as session:
         assert copy(session, destination, ORPHANS_LAST[:2]) == ({"1", "2"}, [])
-        with pytest.raises(DestinationError, match=r"while committing: .*nobody"):
+        with pytest.raises(DestinationError, match=r"while committing: .*events_event_fkey"):
             copy(session, destination, ORPHANS_LAST[2:])
 
 
@@ -281,19 +284,21 @@ def test_refusals_of_all_kinds_among_each_other_are_told_from_good_rows(target: 
 
 
 MERGED = {
-    "a foreign key": ("FOREIGN KEY (person_id) REFERENCES people", r"Key \(person_id\)=\(.*\) is not present"),
+    "a foreign key": ("FOREIGN KEY (person_id) REFERENCES people", "foreign key constraint"),
     "a foreign key checked at COMMIT": (
         "FOREIGN KEY (person_id) REFERENCES people DEFERRABLE INITIALLY DEFERRED",
-        r"merging into .* Key \(person_id\)=\(.*\) is not present",
+        "foreign key constraint",
     ),
-    "a unique index": ("UNIQUE (properties)", r"Key \(properties\)=\(.*\) already exists"),
-    "an exclusion constraint": ("EXCLUDE (properties WITH =)", r"Key \(properties\)=\(.*\) conflicts"),
-    "a check": ("CHECK (distinct_id <> 'b')", r"Failing row contains \(1, b, "),
+    "a unique index": ("UNIQUE (properties)", "unique constraint"),
+    "an exclusion constraint": ("EXCLUDE (properties WITH =)", "exclusion constraint"),
+    "a check that needs more than what is exported": ("note text, CHECK (note IS NOT NULL)", "check constraint"),
 }
 
 
 @pytest.mark.parametrize("name", MERGED)
-def test_a_merge_that_postgres_refuses_fails_with_what_postgres_says_of_the_row(name: str, target: Target) -> None:
+def test_a_merge_that_postgres_refuses_fails_with_the_constraint_and_where_the_row_is_found(
+    name: str, target: Target
+) -> None:
     constraint, reason = MERGED[name]
     target.execute(
         "CREATE TABLE people (id text PRIMARY KEY)",
@@ -302,6 +307,33 @@ def test_a_merge_that_postgres_refuses_fails_with_what_postgres_says_of_the_row(
         f" {constraint})",
         f"GRANT INSERT, SELECT, UPDATE ON persons TO {ROLE}",
     )
-    with pytest.raises(DestinationError, match=reason):
+    with pytest.raises(DestinationError, match=rf'violates {reason} ".*"\nWhich row it was is in Postgres'):
         load(target, PERSONS, person("a"), person("b"))
     assert target.count("persons") == 0
+
+
+def test_a_row_that_a_check_refuses_is_named_before_the_merge(target: Target) -> None:
+    target.execute(
+        "CREATE TABLE persons (team_id integer, distinct_id text, person_id text, properties jsonb,"
+        " person_distinct_id_version integer, person_version integer, PRIMARY KEY (team_id, distinct_id),"
+        " CONSTRAINT no_bots CHECK (distinct_id <> 'b'))",
+        f"GRANT INSERT, SELECT, UPDATE ON persons TO {ROLE}",
+    )
+    with pytest.raises(DestinationError, match=r'relation "persons" violates check constraint "no_bots"[^"]*\n.*"b"'):
+        load(target, PERSONS, person("a"), person("b"), person("c"))
+    load(target, PERSONS, person("a"), person("c"))
+    assert target.rows("SELECT distinct_id FROM persons ORDER BY 1") == [("a",), ("c",)]
+
+
+def test_what_a_trigger_mends_is_not_refused_before_it_could(target: Target) -> None:
+    target.execute(
+        "CREATE TABLE persons (team_id integer, distinct_id text, person_id text, properties jsonb,"
+        " person_distinct_id_version integer, person_version integer, PRIMARY KEY (team_id, distinct_id),"
+        " CHECK (distinct_id = lower(distinct_id)))",
+        "CREATE FUNCTION mend() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$ BEGIN NEW.distinct_id := lower(NEW.distinct_id); RETURN NEW; END $$",
+        "CREATE TRIGGER mend BEFORE INSERT ON persons FOR EACH ROW EXECUTE FUNCTION mend()",
+        f"GRANT INSERT, SELECT, UPDATE ON persons TO {ROLE}",
+    )
+    load(target, PERSONS, person("A"))
+    assert target.rows("SELECT distinct_id FROM persons") == [("a",)]

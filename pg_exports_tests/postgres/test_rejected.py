@@ -8,7 +8,7 @@ from pg_exports.interval import Interval
 from pg_exports.models.events import EVENTS
 from pg_exports.postgres import rejected
 from pg_exports.postgres import table as tables
-from pg_exports.postgres.bad_rows import BadRow
+from pg_exports.postgres.bad_rows import BadRow, Fault
 from pg_exports.postgres.table import Destination
 from pg_exports_tests.conftest import Target
 
@@ -25,7 +25,9 @@ def keep(target: Target, *rows: BadRow) -> None:
 
 
 def bad(n: int, column: str | None = None, reason: str = "too long") -> BadRow:
-    return BadRow(f'{{"uuid": "{n}"}}', column, reason, f'{{"uuid": "{n}", "event": "a\\u0000, \\udcff, NULL, {{"}}')
+    return BadRow(
+        f'{{"uuid": "{n}"}}', Fault(column, reason), f'{{"uuid": "{n}", "event": "a\\u0000, \\udcff, NULL, {{"}}'
+    )
 
 
 def test_the_same_row_twice_is_kept_once_with_its_last_reason(target: Target) -> None:
@@ -44,4 +46,4 @@ def test_more_rows_than_a_statement_takes_are_kept_as_they_were(
     rows = [bad(n, "event" if n % 2 else None) for n in range(2 * rejected.BATCH_ROWS + 1)]
     keep(target, *rows)
     kept = target.rows("SELECT key::text, column_name, reason, row_as_it_was FROM pg_exports_rejected")
-    assert sorted(kept) == sorted((row.key, row.column, row.reason, row.row) for row in rows)
+    assert sorted(kept) == sorted((row.key, row.fault.column, row.fault.reason, row.row) for row in rows)
