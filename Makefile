@@ -4,6 +4,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# Dagster would write down what `dg` does, and send it.
+export DG_CLI_CONFIG := $(CURDIR)/.dg.toml
+export DAGSTER_DISABLE_TELEMETRY := 1
+
 PYTHON ?= python3
 BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.

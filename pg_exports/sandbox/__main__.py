@@ -80,7 +80,8 @@ def _up(sandbox: Sandbox | None, hours: int, events: int) -> int:
 
 
 def _write_environment(sandbox: Sandbox) -> None:
-    lines = [MARK, *(f"{name}='{value}'" for name, value in sandbox.environment().items())]
+    variables = sandbox.environment() | {"DAGSTER_DISABLE_TELEMETRY": "1"}
+    lines = [MARK, *(f"{name}='{value}'" for name, value in variables.items())]
     write_private(ENVIRONMENT, "\n".join(lines) + "\n")
 
 
