@@ -281,6 +281,8 @@ class _Destination:
 
     def login(self) -> Iterator[Said]:
         """Whether the server is trusted, lets the role in, and takes writes: a standby begins no transaction that may."""
+        for warning in self._postgres.warnings():
+            yield "warning", warning
         self._session = self._opened.enter_context(self._postgres.session(self._destination.database))
         with self._session.transaction():
             [(role, database, version, is_superuser)] = self._session.rows(_ROLE, doing="reading the role")
@@ -294,6 +296,15 @@ class _Destination:
                 "warning",
                 f"The role {role} is a superuser. An export needs none: USAGE and CREATE on its schema are enough.",
             )
+        for schema in schemas.searched(self._session):
+            creators = schemas.creators(self._session, schema)
+            if creators:
+                yield (
+                    "warning",
+                    f"Over this pooler names are looked up in {quoted(schema)} before a transaction begins, and "
+                    f"{', '.join(creators)} may create functions there that would run as {role}. Run as a superuser: "
+                    f"ALTER ROLE {quoted(str(role))} SET search_path = pg_catalog, pg_temp;",
+                )
 
     def schema(self) -> Iterator[Said]:
         """Whether the schema is there, and the role may use it and create tables in it."""
@@ -301,7 +312,15 @@ class _Destination:
         with self._session.transaction():
             schemas.check(self._session, self._destination.schema)
             schemas.check_may_create(self._session, self._destination.schema, f"tables in schema {name}")
+            creators = schemas.creators(self._session, self._destination.schema)
         yield "passed", f"{name}: the role may use it, and create tables in it."
+        if creators:
+            of = ", ".join(creator if creator == "PUBLIC" else quoted(creator) for creator in creators)
+            yield (
+                "warning",
+                f"{', '.join(creators)} may create tables in {name}, too, and so take a table's name before the export does. "
+                f"Give it a schema of its own, or run as the schema's owner: REVOKE CREATE ON SCHEMA {name} FROM {of};",
+            )
 
     def table(self) -> Iterator[Said]:
         """Whether the table fits the model, where it is there."""
@@ -312,12 +331,15 @@ class _Destination:
                 return
             table = tables.inspect(session, destination, self._model)
             [(needless,)] = session.rows(_NEEDLESS, table.oid, doing="reading privileges")
+            stranger = schemas.stranger(session, destination.schema, table.oid)
         key = f" Its rows are merged by ({', '.join(self._model.key)})." if self._model.merge else ""
         yield (
             "passed",
             f"{destination.qualified} is there, and can hold {self._model.name}: {len(table.pairs)} of the "
             f"{len(self._model.columns)} columns that can be filled.{key}",
         )
+        if stranger:
+            yield "warning", f"{destination.qualified} belongs to {stranger}, {schemas.WHAT_A_STRANGER_CAN_DO}"
         if needless:
             yield (
                 "warning",

@@ -464,6 +464,40 @@ def test_privileges_that_are_not_needed_are_a_warning_unless_the_role_owns_the_t
     assert f'REVOKE DELETE, TRUNCATE ON {table} FROM "{ROLE}";' in warning
 
 
+def test_a_table_of_a_stranger_is_a_warning_that_names_him_in_the_check_and_in_the_log_of_each_run(
+    check: Check, source: Source, target: Target, run: RunExport, hour: datetime, neighbour: str
+) -> None:
+    assert run(export_of("events", target, hour), partition_key(hour)).error is None
+    assert not [step for step in check() if step.status == "warning"]
+    target.execute(f"ALTER TABLE events OWNER TO {neighbour}", f"GRANT SELECT, INSERT, UPDATE ON events TO {ROLE}")
+    said = f'"{target.schema}"."events" belongs to {neighbour}, who is neither'
+    assert said in saying(check(), "warning", "Table")
+    done = run(export_of("events", target, hour), partition_key(hour))
+    assert any(said in line for line in done.log)
+
+
+def test_others_who_may_create_in_the_schema_are_a_warning(check: Check, target: Target, neighbour: str) -> None:
+    schema = target.schema
+    target.execute(f"GRANT CREATE ON SCHEMA {schema} TO {neighbour}")
+    assert f'REVOKE CREATE ON SCHEMA "{schema}" FROM "{neighbour}";' in saying(check(), "warning", "Schema")
+    target.execute(f"GRANT CREATE ON SCHEMA {schema} TO PUBLIC")
+    assert f'REVOKE CREATE ON SCHEMA "{schema}" FROM PUBLIC;' in saying(check(), "warning", "Schema")
+
+
+@pytest.fixture
+def neighbour(target: Target) -> Iterator[str]:
+    """Another role of the database."""
+    role = f"{target.schema}_neighbour"
+    target.execute(f"CREATE ROLE {role} LOGIN", f"GRANT USAGE ON SCHEMA {target.schema} TO {role}")
+    yield role
+    target.execute(f"DROP OWNED BY {role} CASCADE", f"DROP ROLE {role}")
+
+
+def test_a_certificate_of_any_public_authority_is_a_warning(check: Check) -> None:
+    steps = check(postgres={"verify_server_identity": "ca", "root_certificate": "system"})
+    assert "any public authority" in saying(steps, "warning", "Postgres, login")
+
+
 def test_a_ledger_of_another_role_needs_a_grant(check: Check, target: Target) -> None:
     target.execute("CREATE TABLE pg_exports_keys (x int)")
     failed, not_reached = failing(check())

@@ -154,6 +154,63 @@ def has_own(session: Session, schema: str, name: str) -> bool:
     return True
 
 
+WHAT_A_STRANGER_CAN_DO = (
+    "who is neither the export's role nor the schema's owner: he can read what is written there, and have code run as that "
+    "role by triggers. If he should not, set the export's `table` to a name that is free, and its `schema` to one in which "
+    "nobody else may create."
+)
+
+_STRANGER = f"""
+WITH {TRUSTED}
+SELECT pg_get_userbyid(relowner)::text FROM pg_class
+WHERE oid = $2::bigint::oid AND relowner NOT IN (SELECT oid FROM trusted)
+"""
+
+
+def stranger(session: Session, schema: str, oid: int) -> str | None:
+    """Whom a table belongs to, if that is neither this role nor the schema's owner or a superuser: he can read what is written
+    there, and have code run as this role.
+    """
+    rows = session.rows(_STRANGER, schema, oid, doing="reading the table's owner")
+    return str(rows[0][0]) if rows else None
+
+
+# Who acts as somebody that is trusted is, too.
+_CREATORS = f"""
+WITH {TRUSTED}
+SELECT name FROM (
+    SELECT 'PUBLIC' AS name
+    FROM pg_namespace, aclexplode(coalesce(nspacl, acldefault('n', nspowner)))
+    WHERE nspname = $1 AND grantee = 0 AND privilege_type = 'CREATE'
+    UNION ALL
+    SELECT rolname::text FROM pg_roles AS r
+    WHERE has_schema_privilege(r.oid, $1, 'CREATE') AND r.rolcanlogin
+        AND NOT EXISTS (SELECT FROM trusted AS t WHERE t.oid = r.oid OR pg_has_role(r.oid, t.oid, 'MEMBER'))
+) AS creators
+ORDER BY name <> 'PUBLIC', name
+"""
+
+
+def creators(session: Session, schema: str) -> list[str]:
+    """Who may create in a schema beside this role, the schema's owner and superusers: `PUBLIC` alone where everybody may."""
+    names = [str(name) for (name,) in session.rows(_CREATORS, schema, doing="reading who may create in a schema")]
+    return names[:1] if names[:1] == ["PUBLIC"] else names
+
+
+def searched(session: Session) -> list[str]:
+    """The schemas in which names are looked up outside transactions: none, but for a pooler that takes no settings at login."""
+    with session.transaction():
+        session.execute(
+            "SELECT set_config('search_path', (SELECT reset_val FROM pg_settings WHERE name = 'search_path'), true)",
+            doing="reading the search path",
+        )
+        rows = session.rows(
+            "SELECT pg_catalog.unnest(pg_catalog.current_schemas(false))::text", doing="reading schemas"
+        )
+        session.execute("SET LOCAL search_path = pg_catalog, pg_temp", doing="setting the search path")
+    return [str(name) for (name,) in rows if name != "pg_catalog"]
+
+
 def row_security(table: str, role: str, *, is_owner: bool) -> DestinationError:
     """The error where row-level security applies to the role on a table: it hides rows that are there, and COPY refuses it.
 
