@@ -198,7 +198,7 @@ def creators(session: Session, schema: str) -> list[str]:
 
 
 def searched(session: Session) -> list[str]:
-    """The schemas in which names are looked up outside transactions: none, but for a pooler that takes no settings at login."""
+    """The schemas in which names are looked up outside transactions: none, but for a pooler that takes no options at login."""
     with session.transaction():
         session.execute(
             "SELECT set_config('search_path', (SELECT reset_val FROM pg_settings WHERE name = 'search_path'), true)",
