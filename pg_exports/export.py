@@ -182,7 +182,11 @@ class PostgresExport(SettingsComponent):
         default=None,
         description="Destination database; the connection's by default, required with an inline connection.",
     )
-    destination_schema: str = Field(default="public", alias="schema", description="Destination schema. It must exist.")
+    destination_schema: str = Field(
+        default="public",
+        alias="schema",
+        description="Destination schema. It must exist; better than `public` is one in which nobody else may create.",
+    )
     table: str | None = Field(default=None, description="Destination table; the model's name by default.")
     connection: Annotated[
         str | InlineConnection,
