@@ -25,8 +25,9 @@ READ_TIMEOUT = 300
 
 _CONNECTING = threading.Lock()
 
-# libpq reads a file of connection settings if the environment names a service, and no setting can say that there is none.
-_SERVICE = "PGSERVICE"
+# libpq reads a file of connection settings if the environment names a service, and asks the server for settings of the
+# session; no setting of the connection can say that it should not.
+_VARIABLES = ("PGSERVICE", "PGDATESTYLE", "PGGEQO", "PGTZ")
 
 # A peer that vanished without a word is noticed within about three minutes.
 _LIVENESS = {"keepalives_idle": 60, "keepalives_interval": 15, "keepalives_count": 8}
@@ -211,16 +212,13 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
             **encryption,
             **login.libpq_settings(self.authentication, self.verify_server_identity),
         }
-        service = os.environ.pop(_SERVICE, None)
         try:
-            return self._with_search_path(settings)
+            with _without_variables():
+                return self._with_search_path(settings)
         except dbapi.Error as error:
             raise errors.connecting(
                 error, address=f"{self.host}:{self.port}", user=self.user, database=database
             ) from None
-        finally:
-            if service is not None:
-                os.environ[_SERVICE] = service
 
     def _with_search_path(self, settings: dict[str, object]) -> dbapi.Connection:
         """Connect with the search path of our transactions, or, to a pooler that takes none, with the role's own."""
@@ -233,6 +231,16 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
                     raise
                 _WITHOUT_OPTIONS.add(address)
         return dbapi.connect(_conninfo({**settings, "options": ""}), autocommit=True)
+
+
+@contextlib.contextmanager
+def _without_variables() -> Iterator[None]:
+    """The environment without `_VARIABLES` for as long as the block lasts."""
+    taken = {name: os.environ.pop(name) for name in _VARIABLES if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def _conninfo(settings: dict[str, object]) -> str:

@@ -240,7 +240,8 @@ for home, changes in json.load(sys.stdin):
         with PostgresResource(**changes).session() as session:
             answers += session.rows(
                 "SELECT current_user::text, current_database()::text, current_setting('client_encoding'),"
-                " current_setting('default_transaction_read_only'), ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()",
+                " current_setting('default_transaction_read_only'), ssl, current_setting('DateStyle'),"
+                " current_setting('geqo') FROM pg_stat_ssl WHERE pid = pg_backend_pid()",
                 doing="asking",
             )
     except DestinationError as error:
@@ -270,7 +271,7 @@ def test_what_lies_in_the_home_folder_and_the_environment_changes_nothing(
     assert len(answers) == len(cases)
     for (_, changes), answer in zip(cases, answers, strict=True):
         if changes in trusting:
-            assert answer == [ROLE, DATABASE, "UTF8", "off", True]
+            assert answer == [ROLE, DATABASE, "UTF8", "off", True, "ISO, MDY", "on"]
         else:
             assert "certificate verify failed" in answer
 
@@ -278,6 +279,16 @@ def test_what_lies_in_the_home_folder_and_the_environment_changes_nothing(
 def settings_of(resource: PostgresResource) -> dict[str, Any]:
     names = ("host", "port", "user", "password", "database", "verify_server_identity", "root_certificate")
     return {name: getattr(resource, name) for name in names}
+
+
+SERVICE = """
+[stray]
+hostaddr=192.0.2.1
+sslmode=disable
+sslrootcert=/missing
+require_auth=none
+replication=database
+"""
 
 
 def home_with(folder: Path, root: str, stranger: Certificates) -> Path:
@@ -288,7 +299,7 @@ def home_with(folder: Path, root: str, stranger: Certificates) -> Path:
     (postgresql / "postgresql.crt").write_text(stranger.certificate.read_text())
     (postgresql / "postgresql.key").write_text("garbage")
     (folder / ".pgpass").write_text("*:*:*:*:wrong")
-    (folder / ".pg_service.conf").write_text("[stray]\nsslmode=disable\nhostaddr=192.0.2.1\nsslrootcert=/missing\n")
+    (folder / ".pg_service.conf").write_text(SERVICE)
     return folder
 
 
@@ -299,14 +310,21 @@ def stray_variables(stranger: Certificates) -> dict[str, str]:
         "PGCLIENTENCODING": "LATIN1",
         "PGCONNECT_TIMEOUT": "1",
         "PGDATABASE": "postgres",
+        "PGDATESTYLE": "SQL, DMY",
+        "PGGEQO": "off",
+        "PGGSSDELEGATION": "1",
         "PGGSSENCMODE": "require",
         "PGHOST": "/tmp",
         "PGHOSTADDR": "192.0.2.1",
         "PGLOADBALANCEHOSTS": "random",
+        "PGMAXPROTOCOLVERSION": "latest",
+        "PGMINPROTOCOLVERSION": "3.2",
         "PGOPTIONS": "-c default_transaction_read_only=on",
         "PGPASSFILE": "/etc/passwd",
         "PGPASSWORD": "stray",
         "PGPORT": "1",
+        "PGREQUIREAUTH": "none",
+        "PGREQUIREPEER": "nobody",
         "PGREQUIRESSL": "0",
         "PGSERVICE": "stray",
         "PGSSLCERT": str(stranger.certificate),
@@ -319,6 +337,8 @@ def stray_variables(stranger: Certificates) -> dict[str, str]:
         "PGSSLMODE": "disable",
         "PGSSLNEGOTIATION": "direct",
         "PGSSLROOTCERT": str(stranger.authority),
+        "PGSSLSNI": "0",
         "PGTARGETSESSIONATTRS": "read-only",
+        "PGTZ": "Asia/Tokyo",
         "PGUSER": "postgres",
     }
