@@ -295,5 +295,5 @@ _WITH_PARTITIONS = "SELECT $1::bigint::oid UNION ALL SELECT relid FROM pg_partit
 def _failure(bad: BadRow) -> str:
     return (
         f"{bad.fault.reason}\nThe row is the one with {bad.key}. No row of the interval was written. With "
-        "`on_bad_rows: reject` such rows are set aside, and the others land."
+        "`on_bad_rows: reject` such rows are set aside, with all that Postgres says of them, and the others land."
     )

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from pg_exports import PostgresResource
+from pg_exports import PostgresResource, connection_check
 from pg_exports.errors import DestinationError, PassingError
 from pg_exports.postgres import io_manager
 from pg_exports.sandbox import Sandbox
@@ -21,7 +21,9 @@ from pg_exports_tests.faults import EACH_ROW_ONCE, MIDDLE, ROWS, eventually, fil
 from pg_exports_tests.postgres.pgbouncer import pgbouncer
 from pg_exports_tests.postgres.tcp_proxy import TcpProxy, tcp_proxy
 from pg_exports_tests.postgres.test_io_manager import row_count
+from pg_exports_tests.postgres.test_role_settings import settings_of
 from pg_exports_tests.source_rows import event, export_of, mapping, person
+from pg_exports_tests.test_connection_check import setup_of
 
 HOUR = timedelta(hours=1)
 
@@ -197,3 +199,22 @@ def test_a_login_that_pgbouncer_refuses_for_good_is_not_tried_again(
 ) -> None:
     with pytest.raises(DestinationError, match="POSTGRES_USER"), target.resource(port=port, **changes).session():
         pass
+
+
+@pytest.mark.parametrize("ignored", ["extra_float_digits", "options"])
+def test_the_check_names_who_may_create_where_names_are_looked_up_before_a_transaction(
+    sandbox: Sandbox, target: Target, sample: Source, ignored: str
+) -> None:
+    target.execute(f"GRANT CREATE ON SCHEMA {target.schema} TO PUBLIC")
+    path = {"search_path": f"{target.schema}, pg_catalog"}
+    with (
+        settings_of(f"ROLE {ROLE}", sandbox, path),
+        pgbouncer(sandbox, pool_size=1, settings={"ignore_startup_parameters": ignored}) as pooler,
+    ):
+        pooled = target.resource(port=pooler.port)
+        steps = list(connection_check.steps(setup_of("events", target.schema), sample.resource(), pooled))
+        [warning] = [step.text for step in steps if (step.status, step.name) == ("warning", "Postgres, login")]
+        assert f'"{target.schema}" before a transaction begins, and PUBLIC may create functions there' in warning
+        assert f'ALTER ROLE "{ROLE}" SET search_path = pg_catalog, pg_temp;' in warning
+        direct = list(connection_check.steps(setup_of("events", target.schema), sample.resource(), target.resource()))
+        assert not [step for step in direct if (step.status, step.name) == ("warning", "Postgres, login")]
