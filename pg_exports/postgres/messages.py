@@ -67,7 +67,8 @@ def shown(error: dbapi.Error) -> str:
     elif state.startswith(_ROW_IN_DETAIL) and not functions:
         said = _joined(error, "PRIMARY")
     else:
-        kind = _KINDS.get(state, "a function that the table calls refused" if functions else "a value does not fit")
+        other = "a value does not fit" if state.startswith("22") else "refused"
+        kind = _KINDS.get(state, "a function that the table calls refused" if functions else other)
         of_constraint = f", constraint {constraint(error)}" if constraint(error) else ""
         said = f"{kind}{of_constraint} (SQLSTATE {state})"
     return "; ".join([said, *functions])
