@@ -19,7 +19,7 @@ import dagster as dg
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.errors import ExportError, PassingError
 from pg_exports.models import Model, Query, Selection
-from pg_exports.postgres import PostgresResource, journal, ledger, registry, rejected, schemas
+from pg_exports.postgres import PostgresResource, journal, ledger, own_tables, registry, rejected, schemas
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import Destination
@@ -365,7 +365,7 @@ class _Destination:
         session, schema = self._session, self._destination.schema
         with session.transaction():
             for name in (ledger.TABLE, journal.TABLE, rejected.TABLE, registry.TABLE):
-                if schemas.has_own(session, schema, name):
+                if own_tables.there(session, schema, [name]):
                     yield "passed", f"{quoted(schema, name)} is there, and the role may write it."
                 else:
                     yield "passed", f"{quoted(schema, name)} is not there yet: the first run creates it."

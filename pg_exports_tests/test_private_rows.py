@@ -44,6 +44,30 @@ REFUSALS: Mapping[str, tuple[str, str]] = {
         trigger("RAISE '% is not wanted', NEW.customer USING ERRCODE = 'insufficient_privilege'"),
         "SQLSTATE 42501",
     ),
+    "a text that a generated column reads as words to search": (
+        "ALTER TABLE {} ADD words tsvector GENERATED ALWAYS AS (CASE id WHEN 7 THEN ('''' || customer)::tsvector END) STORED",
+        "SQLSTATE 42601",
+    ),
+    "a check that searches": (
+        "ALTER TABLE {} ADD CHECK (id <> 7 OR 'a' @@ (customer || ' x')::tsquery)",
+        "SQLSTATE 42601",
+    ),
+    "a trigger that writes to a table of the row's name": (
+        trigger("EXECUTE format('INSERT INTO %I VALUES (1)', NEW.customer)"),
+        "SQLSTATE 42P01",
+    ),
+    "a trigger that asks for a role's rights": (
+        trigger("PERFORM has_table_privilege(NEW.customer, 'pg_class', 'SELECT')"),
+        "SQLSTATE 42704",
+    ),
+    "a trigger whose statement has a line that looks like a function's": (
+        trigger("EXECUTE 'SELECT 1 / 0 AS \"' || E'\\nSQL function ' || NEW.customer || '\"'"),
+        "division by zero",
+    ),
+    "a trigger that raises what a constraint would": (
+        trigger("RAISE '% is not wanted', NEW.customer USING ERRCODE = 'unique_violation'"),
+        "SQLSTATE 23505",
+    ),
     "a trigger that casts": (trigger("NEW.id := NEW.customer::int"), "SQLSTATE 22P02"),
     "a trigger whose statement fails": (
         trigger("EXECUTE format('SELECT 1 / 0 AS %I', NEW.customer)"),

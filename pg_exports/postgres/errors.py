@@ -186,7 +186,7 @@ class LockedError(PassingError):
 
 def connecting(error: dbapi.Error, *, address: str, user: str, database: str) -> DestinationError | PassingError:
     """The error to raise when no connection could be made. What is not known to be permanent is taken as passing."""
-    reason, state = messages.shown(error), error.sqlstate or ""
+    reason, state = messages.shown(error, of_rows=False), error.sqlstate or ""
     message = f"No connection to Postgres at {address}, database {database}, as {user}: {reason}"
     if state == _QUERY_CANCELED:
         # The driver reads the catalog before it takes any setting from us.
@@ -209,9 +209,15 @@ def connecting(error: dbapi.Error, *, address: str, user: str, database: str) ->
     )
 
 
-def during(error: dbapi.Error, doing: str) -> DestinationError | PassingError:
-    """The error to raise when a statement failed: what Postgres says, but for what may quote a row, and where it was."""
-    message, state = messages.shown(error), error.sqlstate or ""
+def during(error: dbapi.Error, doing: str, *, of_rows: bool = False) -> DestinationError | PassingError:
+    """The error to raise when a statement failed: what Postgres says, but for what may quote a row, and where it was.
+
+    Args:
+        error: the driver's.
+        doing: what was being done.
+        of_rows: the statement reads or writes rows of the destination.
+    """
+    message, state = messages.shown(error, of_rows=of_rows), error.sqlstate or ""
     if not state and error.status_code == AdbcStatusCode.IO:
         return PassingError(_with_limit(f"The connection to Postgres broke while {doing}: {message}", message))
     if _UNKNOWN_TYPES in message:
@@ -225,7 +231,7 @@ def during(error: dbapi.Error, doing: str) -> DestinationError | PassingError:
         return PassingError(_with_limit(refusal, message))
     if state in _NOT_FOUND and messages.is_in_a_function(error):
         return DestinationError(f"{refusal}\n{_SEARCH_PATH_REMEDY}")
-    if messages.is_about_a_row(error):
+    if messages.is_about_a_row(error, of_rows=of_rows):
         return DestinationError(f"{refusal}\nWhich row it was is in Postgres's own log; it is quoted nowhere else.")
     return DestinationError(refusal)
 

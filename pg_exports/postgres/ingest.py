@@ -234,7 +234,8 @@ def _fault(error: dbapi.Error, table: DestinationTable, into: str) -> Fault:
     column = column if column in table.column_names else None
     at = f" at its column {column}" if column else ""
     # Not by the name of a staging table.
-    shown, whole = (said(error).replace(into, table.destination.table) for said in (messages.shown, messages.whole))
+    shown, whole = messages.shown(error, of_rows=True), messages.whole(error)
+    shown, whole = (text.replace(into, table.destination.table) for text in (shown, whole))
     return Fault(column, f"Postgres refuses the row{at}: {shown}.", whole)
 
 
@@ -244,10 +245,10 @@ def _refused(session: Session, table: DestinationTable, into: str, batches: pa.R
         session.copy(table.destination.schema, into, batches)
     except dbapi.Error as error:
         if not (error.sqlstate or "").startswith(_ABOUT_A_ROW):
-            session.explain(error, f"copying rows into {table.qualified}")
+            session.explain(error, f"copying rows into {table.qualified}", of_rows=True)
         session.execute("ROLLBACK TO SAVEPOINT pg_exports_copy", doing="going back to a savepoint")
         if error.sqlstate == _FOREIGN_KEY and _refers_to_itself(session, table, messages.constraint(error)):
-            session.explain(error, f"copying rows into {table.qualified}, which refers to itself")
+            session.explain(error, f"copying rows into {table.qualified}, which refers to itself", of_rows=True)
         return error
     return None
 

@@ -335,6 +335,7 @@ def _read(
         *parameters,
         doing=f"reading {destination.qualified}",
         patience=MERGE_TIMEOUT,
+        of_rows=True,
     )
     return pl.DataFrame(pl.from_arrow(_plain(answer)))
 

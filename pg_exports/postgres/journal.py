@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from pg_exports.interval import Interval
 from pg_exports.models import IDENTITY
-from pg_exports.postgres import schemas
+from pg_exports.postgres import own_tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
@@ -29,7 +29,7 @@ PIECE = 65_536
 """Keys in one row of the table."""
 
 _CREATE = """
-CREATE TABLE IF NOT EXISTS {journal} (
+CREATE TABLE {journal} (
     destination text NOT NULL,
     table_oid bigint NOT NULL,
     table_filenode bigint NOT NULL,
@@ -52,8 +52,8 @@ OVERLAPPING = """
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the table where it is missing. Raises as `schemas.ensure_own`."""
-    schemas.ensure_own(session, schema, TABLE, _CREATE.format(journal=quoted(schema, TABLE)))
+    """Create the table where it is missing. Raises as `own_tables.ensure`."""
+    own_tables.ensure(session, schema, TABLE, _CREATE.format(journal=quoted(schema, TABLE)))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from datetime import datetime
 from pg_exports.fingerprint import Fingerprint, scheme_of
 from pg_exports.interval import Counts, Interval
 from pg_exports.models.model import OF_STATES, Model, moment
-from pg_exports.postgres import journal, schemas
+from pg_exports.postgres import journal, own_tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
@@ -23,7 +23,7 @@ UNKNOWN = -1
 """Stands for the number of an interval's keys in the journals where not all of them are there."""
 
 _CREATE = """
-CREATE TABLE IF NOT EXISTS {ledger} (
+CREATE TABLE {ledger} (
     destination text NOT NULL,
     table_oid bigint NOT NULL,
     table_filenode bigint NOT NULL,
@@ -216,8 +216,8 @@ class Written:
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the ledger and the journals where they are missing. Raises as `schemas.ensure_own`."""
-    schemas.ensure_own(session, schema, TABLE, _CREATE.format(ledger=quoted(schema, TABLE)))
+    """Create the ledger and the journals where they are missing. Raises as `own_tables.ensure`."""
+    own_tables.ensure(session, schema, TABLE, _CREATE.format(ledger=quoted(schema, TABLE)))
     journal.ensure(session, schema)
 
 

@@ -57,24 +57,9 @@ INTERVAL_COLUMN = "pg_exports_interval"
 """In a staging table with the rows of several intervals: in which of them a row counts, as in a frame's `INTERVAL`."""
 
 
-# COPY names the row that one refuses; the statement of a merge does not, and all rows fail with it. Not where a trigger may
-# still change the row.
-_CHECKS = """
-SELECT conname::text, pg_get_constraintdef(oid)
-FROM pg_constraint
-WHERE conrelid = $1::bigint::oid AND contype = 'c' AND convalidated AND cardinality(conkey) > 0
-    AND NOT EXISTS (
-        SELECT FROM unnest(conkey) AS number
-        JOIN pg_attribute ON attrelid = conrelid AND attnum = number
-        WHERE attname <> ALL ($2::text[])
-    )
-    AND NOT EXISTS (SELECT FROM pg_trigger WHERE tgrelid = conrelid AND tgtype::int & 7 = 7 AND tgenabled <> 'D')
-"""
-
-
 @contextlib.contextmanager
 def staging_table(session: Session, table: DestinationTable, *, of_several_intervals: bool = False) -> Iterator[str]:
-    """A table with the destination's columns, types and checks, for the rest of the block. Gives its name.
+    """A table with the destination's columns and types, for the rest of the block. Gives its name.
 
     Raises:
         DestinationError: the role may not create tables in the schema; or the destination cannot be asked for its keys.
@@ -90,10 +75,6 @@ def staging_table(session: Session, table: DestinationTable, *, of_several_inter
         f"SELECT {table.column_list}{interval} FROM {table.qualified} WITH NO DATA",
         doing="creating the staging table",
     )
-    checks = session.rows(_CHECKS, table.oid, table.column_names, doing="reading the table's constraints")
-    if checks:
-        added = ", ".join(f"ADD CONSTRAINT {quoted(str(check))} {condition}" for check, condition in checks)
-        session.execute(f"ALTER TABLE {quoted(schema, name)} {added}", doing="adding checks to the staging table")
     yield name
     session.execute(f"DROP TABLE {quoted(schema, name)}", doing="dropping the staging table")
 
@@ -128,7 +109,7 @@ def merge(session: Session, table: DestinationTable, staging: str, read_since: s
         sql, parameters = _upsert(table, staging, rule, is_empty=_is_empty(session, table)), [read_since]
     else:
         sql, parameters = _insert_missing(table, staging), []
-    rows = session.rows(sql, *parameters, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
+    rows = session.rows(sql, *parameters, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT, of_rows=True)
     [(inserted, updated)] = rows if rule else _told_apart(table, rows)
     missing = _count_missing(session, table, staging)
     # A trigger may also take out or change what it has let in: that does not count as inserted.
@@ -143,7 +124,7 @@ def _count_missing(session: Session, table: DestinationTable, staging: str) -> i
     if not table.may_drop_rows:
         return 0
     sql = f"SELECT count(*) {_missing(table, staging)}"
-    [(missing,)] = session.rows(sql, doing="looking the rows up", patience=MERGE_TIMEOUT)
+    [(missing,)] = session.rows(sql, doing="looking the rows up", patience=MERGE_TIMEOUT, of_rows=True)
     return int(str(missing))
 
 
@@ -155,13 +136,16 @@ def merge_intervals(
     """
     _give_memory(session)
     sql = _upsert_intervals(table, staging, rule, is_empty=_is_empty(session, table))
-    merged = session.rows(sql, read_since, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT)
+    merged = session.rows(
+        sql, read_since, doing=f"merging into {table.qualified}", patience=MERGE_TIMEOUT, of_rows=True
+    )
     missing: dict[int, int] = {}
     if table.may_drop_rows:
         rows = session.rows(
             f"SELECT {INTERVAL_COLUMN}, count(*) {_missing(table, staging)} GROUP BY 1",
             doing="looking the rows up",
             patience=MERGE_TIMEOUT,
+            of_rows=True,
         )
         missing = {int(str(interval)): int(str(count)) for interval, count in rows}
     counts = {int(str(interval)): (int(str(new)), int(str(changed))) for interval, new, changed in merged}
@@ -203,7 +187,7 @@ def differences(session: Session, table: DestinationTable, staging: str) -> pa.T
             GROUP BY 1
             HAVING count(d.tableoid) <> 1
         """
-    return session.arrow(sql, doing=f"looking for rows in {table.qualified}", patience=MERGE_TIMEOUT)
+    return session.arrow(sql, doing=f"looking for rows in {table.qualified}", patience=MERGE_TIMEOUT, of_rows=True)
 
 
 def replace_changed(session: Session, table: DestinationTable, staging: str) -> int:
@@ -242,6 +226,7 @@ def replace_changed(session: Session, table: DestinationTable, staging: str) -> 
             f"WITH {changed} SELECT EXISTS (SELECT FROM changed)",
             doing=f"looking for rows of {table.qualified} that have changed",
             patience=MERGE_TIMEOUT,
+            of_rows=True,
         )
         if not has_changed:
             return 0
@@ -264,6 +249,7 @@ def replace_changed(session: Session, table: DestinationTable, staging: str) -> 
         """,
         doing=f"replacing rows of {table.qualified} that have changed",
         patience=MERGE_TIMEOUT,
+        of_rows=True,
     )
     return int(str(replaced))
 
@@ -288,6 +274,7 @@ def check_superseded(session: Session, table: DestinationTable, staging: str, ru
         read_since,
         doing="looking for rows of other runs",
         patience=MERGE_TIMEOUT,
+        of_rows=True,
     )
     if superseded:
         raise SupersededError(
@@ -302,7 +289,7 @@ def _give_memory(session: Session) -> None:
 def _is_empty(session: Session, table: DestinationTable) -> bool:
     """Whether the table has no rows yet. Another run may bring some at any time: this decides how, not what is written."""
     sql = f"SELECT 1 FROM {table.qualified} LIMIT 1"
-    return not session.rows(sql, doing=f"looking into {table.qualified}", patience=MERGE_TIMEOUT)
+    return not session.rows(sql, doing=f"looking into {table.qualified}", patience=MERGE_TIMEOUT, of_rows=True)
 
 
 def _insert_missing(table: DestinationTable, staging: str) -> str:

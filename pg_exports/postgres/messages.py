@@ -8,31 +8,13 @@ import re
 
 from adbc_driver_postgresql import dbapi
 
-# Classes of Postgres's "Appendix A". Errors about the server, the connection, a privilege or a statement quote no row; those
-# of constraints, of queries that find too many rows, and of limits do in their detail alone.
-_WITHOUT_ROWS = (
-    "08",
-    "0A",
-    "0B",
-    "25",
-    "26",
-    "28",
-    "2B",
-    "34",
-    "3B",
-    "3D",
-    "3F",
-    "40",
-    "42",
-    "53",
-    "55",
-    "57",
-    "58",
-    "XX",
-)
-_ROW_IN_DETAIL = ("21", "23", "27", "44", "54")
+# Classes of Postgres's "Appendix A". Texts about the server, the connection, a lock or a privilege quote no row; those about a
+# statement may where it deals with rows: a cast or a function finds fault with one.
+_OF_THE_SERVER = ("08", "25", "26", "28", "34", "3B", "3D", "40", "42501", "53", "55", "57", "58", "XX")
+_OF_A_STATEMENT = ("0A", "0B", "2B", "2F", "3F", "42")
 
 _KINDS = {
+    "21000": "a query finds more than one row",
     "22001": "a text is too long for its column's type",
     "22003": "a number is out of the range of its type",
     "22007": "a text is no date or time",
@@ -41,13 +23,22 @@ _KINDS = {
     "22021": "a text has characters that the database's encoding has not",
     "22P02": "a text is no value of the type that it is read as",
     "22P05": "a text has characters that the database's encoding has not",
+    "23502": "null value violates not-null constraint",
+    "23503": "violates foreign key constraint",
+    "23505": "violates unique constraint",
+    "23514": "violates check constraint",
+    "23P01": "violates exclusion constraint",
+    "54000": "a limit of Postgres's is exceeded",
+    "54001": "stack depth limit exceeded",
     "P0001": "a function that the table calls raised an error",
 }
-"""Errors whose own message quotes a value, by SQLSTATE."""
+"""What errors about a row are, by SQLSTATE."""
 
 # A line of the context with the name of a function, and no value, in English or German. Others have statements, documents or
 # parameters.
-_FUNCTION = re.compile("PL/.*|SQL[ -][Ff]un[ck]tion .*")
+_FUNCTION = re.compile(
+    r'PL/\w+[ -][Ff]un[ck]tion [^\n]{1,200} (line|Zeile) \d+ (at|bei) [A-Za-z /]+|SQL function "[^"]+" statement \d+'
+)
 
 
 def whole(error: dbapi.Error) -> str:
@@ -55,23 +46,39 @@ def whole(error: dbapi.Error) -> str:
     return _joined(error, "PRIMARY", "DETAIL", "HINT", "CONTEXT") or _libpq_text(error)
 
 
-def shown(error: dbapi.Error) -> str:
-    """The same without what may quote a row: of an error about a value its kind and its SQLSTATE, and of a context the names
-    of functions.
+def shown(error: dbapi.Error, *, of_rows: bool) -> str:
+    """The same without what may quote a row: of an error that may be about one, its kind, its SQLSTATE and the names of
+    columns, constraints and functions.
+
+    Args:
+        error: the driver's.
+        of_rows: the statement reads or writes rows of the destination.
     """
-    if not fields(error):
+    found = fields(error)
+    if not found:
         return _libpq_text(error)
-    state, functions = error.sqlstate or "", _functions(error)
-    if not is_about_a_row(error):
-        said = _joined(error, "PRIMARY", "DETAIL", "HINT")
-    elif state.startswith(_ROW_IN_DETAIL) and not functions:
-        said = _joined(error, "PRIMARY")
-    else:
-        other = "a value does not fit" if state.startswith("22") else "refused"
-        kind = _KINDS.get(state, "a function that the table calls refused" if functions else other)
-        of_constraint = f", constraint {constraint(error)}" if constraint(error) else ""
-        said = f"{kind}{of_constraint} (SQLSTATE {state})"
-    return "; ".join([said, *functions])
+    if not is_about_a_row(error, of_rows=of_rows):
+        return _joined(error, "PRIMARY", "DETAIL", "HINT")
+    state = error.sqlstate or ""
+    kind = _KINDS.get(state, "a value does not fit" if state.startswith("22") else "it refused")
+    names = [f'"{found[field]}"' for field in ("PG_DIAG_COLUMN_NAME", "PG_DIAG_CONSTRAINT_NAME") if found.get(field)]
+    table = [f'of "{found["PG_DIAG_TABLE_NAME"]}"'] if found.get("PG_DIAG_TABLE_NAME") else []
+    return "; ".join([" ".join([kind, *names, *table, f"(SQLSTATE {state})"]), *_functions(error)])
+
+
+def is_about_a_row(error: dbapi.Error, *, of_rows: bool) -> bool:
+    """Whether a row may be at fault, so that Postgres's words may quote it. Arguments as those of `shown`."""
+    found = fields(error)
+    if not found:
+        return False
+    context, state = found.get("PG_DIAG_CONTEXT", ""), error.sqlstate or ""
+    # In any language the context of a function or of its statement names its language.
+    if "PL/" in context or "SQL" in context:
+        return True
+    if state.startswith(_OF_A_STATEMENT) and not state.startswith(_OF_THE_SERVER):
+        # Where Postgres points at a place in our own statement, it is about that: values are bound.
+        return of_rows and "PG_DIAG_STATEMENT_POSITION" not in found
+    return not state.startswith(_OF_THE_SERVER)
 
 
 def copy_line(error: dbapi.Error, table: str) -> int | None:
@@ -101,19 +108,9 @@ def constraint(error: dbapi.Error) -> str:
     return fields(error).get("PG_DIAG_CONSTRAINT_NAME", "")
 
 
-def is_about_a_row(error: dbapi.Error) -> bool:
-    """Whether a row is at fault, so that Postgres's words may quote it."""
-    return bool(fields(error)) and (not (error.sqlstate or "").startswith(_WITHOUT_ROWS) or _is_raised(error))
-
-
 def is_in_a_function(error: dbapi.Error) -> bool:
     """Whether it happened in a function: a trigger's, a generated column's, a constraint's."""
     return bool(_functions(error))
-
-
-def _is_raised(error: dbapi.Error) -> bool:
-    """Whether a function has chosen code and message itself."""
-    return any(line.endswith("RAISE") for line in _functions(error)[:1])
 
 
 def _functions(error: dbapi.Error) -> list[str]:

@@ -20,7 +20,7 @@ import polars as pl
 
 from pg_exports.errors import DestinationError
 from pg_exports.models import Kind, Model
-from pg_exports.postgres import ledger, schemas
+from pg_exports.postgres import ledger, own_tables, schemas
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import MERGE_TIMEOUT, Session
 from pg_exports.postgres.table import NO_FILE, DestinationTable, LedgerIdentity
@@ -34,7 +34,7 @@ PATIENCE = 2.0
 """Seconds that the statistics of a transaction that has ended may take to arrive."""
 
 _CREATE = """
-CREATE TABLE IF NOT EXISTS {registry} (
+CREATE TABLE {registry} (
     destination text NOT NULL,
     table_oid bigint NOT NULL,
     table_filenode bigint NOT NULL,
@@ -200,8 +200,8 @@ class _Counters:
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the table where it is missing. Raises as `schemas.ensure_own`."""
-    schemas.ensure_own(session, schema, TABLE, _CREATE.format(registry=quoted(schema, TABLE)))
+    """Create the table where it is missing. Raises as `own_tables.ensure`."""
+    own_tables.ensure(session, schema, TABLE, _CREATE.format(registry=quoted(schema, TABLE)))
 
 
 def recognise(session: Session, table: DestinationTable, team_id: int) -> DestinationTable:
@@ -243,7 +243,7 @@ def _register(session: Session, table: DestinationTable, team_id: int) -> Record
 
 def look_up(session: Session, table: DestinationTable) -> DestinationTable | None:
     """The table with its numbers in the ledger; None if no run has registered it as it is now. Nothing is written."""
-    if not schemas.has_own(session, table.destination.schema, TABLE):
+    if not own_tables.there(session, table.destination.schema, [TABLE]):
         return table
     records = _records(session, table)
     record = _matching(records, table)
@@ -257,7 +257,7 @@ def presume(session: Session, table: DestinationTable) -> DestinationTable | Non
     it. For what a mistake costs only a run.
     """
     known = look_up(session, table)
-    if (known and known.in_ledger) or not schemas.has_own(session, table.destination.schema, TABLE):
+    if (known and known.in_ledger) or not own_tables.there(session, table.destination.schema, [TABLE]):
         return known
     candidate = _candidate(_records(session, table), table)
     if candidate is None:
@@ -545,6 +545,7 @@ def _count(session: Session, table: DestinationTable) -> tuple[int, Record]:
         table.destination.table,
         doing=f"counting {table.qualified}, which has changed",
         patience=MERGE_TIMEOUT,
+        of_rows=True,
     )
     record = next(one for one in _summed([row[:-1] for row in answer]) if (one.oid, one.filenode) == table.identity[1:])
     return int(str(answer[0][-1])), record
@@ -554,7 +555,7 @@ def _rows(session: Session, table: DestinationTable, files: Sequence[int] = ()) 
     """How many rows the table has, or some of its partitions."""
     where = f" WHERE tableoid::bigint IN ({', '.join(map(str, files))})" if files else ""
     sql = f"SELECT count(*) FROM {table.qualified}{where}"
-    [(rows,)] = session.rows(sql, doing=f"counting {table.qualified}", patience=MERGE_TIMEOUT)
+    [(rows,)] = session.rows(sql, doing=f"counting {table.qualified}", patience=MERGE_TIMEOUT, of_rows=True)
     return int(str(rows))
 
 
@@ -661,6 +662,7 @@ def _has_samples(session: Session, table: DestinationTable, record: Record) -> b
         list(record.samples),
         doing=f"looking for rows of {table.qualified}, which has changed",
         patience=MERGE_TIMEOUT,
+        of_rows=True,
     )
     return 2 * int(str(found)) >= len(set(record.samples))
 

@@ -12,7 +12,7 @@ import polars as pl
 
 from pg_exports.interval import Interval
 from pg_exports.models import IDENTITY, INTERVAL, STATE
-from pg_exports.postgres import bad_rows, ledger, schemas
+from pg_exports.postgres import bad_rows, ledger, own_tables
 from pg_exports.postgres.bad_rows import BadRow
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.journal import NOTHING, among
@@ -28,7 +28,7 @@ MOST_UNRESOLVED = 100_000
 """Entries that one run looks for, about 10 MB. If there are more, the others wait for the next run."""
 
 _CREATE = """
-CREATE TABLE IF NOT EXISTS {rejected} (
+CREATE TABLE {rejected} (
     destination text NOT NULL,
     export text NOT NULL,
     interval_start timestamptz NOT NULL,
@@ -101,8 +101,8 @@ ON CONFLICT (destination, export, interval_start, interval_end, row_hash) DO UPD
 
 
 def ensure(session: Session, schema: str) -> None:
-    """Create the table where it is missing. Raises as `schemas.ensure_own`."""
-    schemas.ensure_own(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
+    """Create the table where it is missing. Raises as `own_tables.ensure`."""
+    own_tables.ensure(session, schema, TABLE, _CREATE.format(rejected=quoted(schema, TABLE)))
 
 
 class Unresolved:
@@ -205,7 +205,7 @@ def unresolved(session: Session, table: DestinationTable, exports: Mapping[Inter
     """How many rows of each interval the export that wrote it has set aside that were not resolved; none if the schema has
     no such table.
     """
-    if not schemas.has_own(session, table.destination.schema, TABLE):
+    if not own_tables.there(session, table.destination.schema, [TABLE]):
         return {}
     rows = session.rows(
         _UNRESOLVED_COUNTS.format(rejected=quoted(table.destination.schema, TABLE)),

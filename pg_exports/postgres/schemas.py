@@ -1,4 +1,4 @@
-"""The schema that an export writes to: whether the role may use it and create tables there, and pg_exports' own tables."""
+"""The schema that an export writes to: whether the role may use it and create tables there, and who else may."""
 
 from pg_exports.errors import DestinationError
 from pg_exports.postgres import advisory_locks
@@ -60,20 +60,6 @@ def wait_to_create(session: Session, what: str) -> None:
     advisory_locks.take(session, CREATION_LOCK, doing=f"waiting for another run before creating {what}")
 
 
-def ensure_own(session: Session, schema: str, name: str, create: str) -> None:
-    """Create one of pg_exports' own tables where it is missing.
-
-    Raises:
-        DestinationError: the role may not create it, or not write the one that another role made; with the GRANT.
-    """
-    if not has_own(session, schema, name):
-        table = quoted(schema, name)
-        check_may_create(session, schema, f"the table {table}")
-        with session.transaction():
-            wait_to_create(session, table)
-            session.execute(create, doing=f"creating {table}")
-
-
 # Whom the schema belongs to decides what is in it, and a superuser about everything: neither gets more by a table of ours than
 # he has. `pg_database_owner`, to whom `public` belongs from PostgreSQL 14 on, stands for the database's owner.
 TRUSTED = """
@@ -87,72 +73,6 @@ trusted AS (
 )
 """
 """The roles that may own a table or a function that runs as the export's role, of the schema $1."""
-
-_OWN = f"""
-WITH {TRUSTED}
-SELECT current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
-    AND has_table_privilege(c.oid, 'UPDATE'),
-    row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE'), c.relpersistence = 'u',
-    c.relkind = 'r' AND NOT c.relispartition,
-    CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN pg_get_userbyid(c.relowner)::text END,
-    (
-        SELECT min(t.tgname::text)
-        FROM pg_trigger AS t
-        JOIN pg_proc AS p ON p.oid = t.tgfoid
-        WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND p.proowner NOT IN (SELECT oid FROM trusted)
-    ),
-    (SELECT min(r.rulename::text) FROM pg_rewrite AS r WHERE r.ev_class = c.oid AND c.relkind = 'r')
-FROM pg_class AS c
-JOIN pg_namespace AS n ON n.oid = c.relnamespace
-WHERE n.nspname = $1 AND c.relname = $2
-"""
-
-
-def has_own(session: Session, schema: str, name: str) -> bool:
-    """Whether one of pg_exports' own tables is there.
-
-    Raises:
-        DestinationError: it is, and the role may not write all of it, a crash would empty it, or somebody else made it who
-            could read it, and have code run as this role; with the statement that mends it.
-    """
-    rows = session.rows(_OWN, schema, name, doing=f"looking up {name}")
-    if not rows:
-        return False
-    [(role, may_write, has_row_security, is_owner, is_unlogged, is_plain, stranger, trigger, rule)] = rows
-    table = quoted(schema, name)
-    if not is_plain:
-        raise DestinationError(
-            f"{table} is no plain table, as pg_exports makes it. Drop it, or set the export's `schema`."
-        )
-    if stranger is not None:
-        raise DestinationError(
-            f"{table} belongs to {stranger}, who is neither {role} nor the schema's owner: whoever owns it can read what is "
-            f"written there, and have code run as {role}. If it is yours, run as a superuser: ALTER TABLE {table} OWNER TO "
-            f"{quoted(str(role))}; otherwise set the export's `schema` to one in which nobody else may create."
-        )
-    if trigger is not None:
-        raise DestinationError(
-            f"The trigger {trigger} on {table} calls a function that belongs to neither {role} nor the schema's owner, and "
-            f"would run as {role}. Run as the table's owner: DROP TRIGGER {quoted(str(trigger))} ON {table};"
-        )
-    if rule is not None:
-        raise DestinationError(
-            f"The rule {rule} on {table} changes what is written there. Run as the table's owner: DROP RULE "
-            f"{quoted(str(rule))} ON {table};"
-        )
-    if not may_write:
-        raise DestinationError(
-            f"The role {role} may not write {table}, which another role made. Run as its owner: "
-            f"GRANT INSERT, SELECT, UPDATE ON {table} TO {quoted(str(role))};"
-        )
-    if has_row_security:
-        raise row_security(table, str(role), is_owner=bool(is_owner))
-    if is_unlogged:
-        raise DestinationError(
-            f"{table} is UNLOGGED: a crash of the server empties it. Run as its owner: ALTER TABLE {table} SET LOGGED;"
-        )
-    return True
-
 
 WHAT_A_STRANGER_CAN_DO = (
     "who is neither the export's role nor the schema's owner: he can read what is written there, and have code run as that "
@@ -205,7 +125,7 @@ def searched(session: Session) -> list[str]:
             doing="reading the search path",
         )
         rows = session.rows(
-            "SELECT pg_catalog.unnest(pg_catalog.current_schemas(false))::text", doing="reading schemas"
+            "SELECT pg_catalog.unnest(pg_catalog.current_schemas(false))::pg_catalog.text", doing="reading schemas"
         )
         session.execute("SET LOCAL search_path = pg_catalog, pg_temp", doing="setting the search path")
     return [str(name) for (name,) in rows if name != "pg_catalog"]

@@ -30,7 +30,7 @@ MERGE_TIMEOUT = 3600
 
 # Before anything else: what others have created in a schema that is searched must not be taken for Postgres's own functions
 # and operators, which it would be where it fits the types better (CVE-2018-1058). SET itself calls none.
-# Notices, as of a trigger for each row, libpq would write to standard error.
+# Notices, as of a trigger for each row, nobody reads.
 _BEGIN = """
 BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE;
 SET LOCAL search_path = pg_catalog, pg_temp;
@@ -111,7 +111,9 @@ class Session:
         )
         return int(str(version))
 
-    def rows(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> list[tuple[object, ...]]:
+    def rows(
+        self, sql: str, *parameters: object, doing: str, patience: float = 0, of_rows: bool = False
+    ) -> list[tuple[object, ...]]:
         """The rows of one statement. Outside a transaction it gets one of its own.
 
         Args:
@@ -119,6 +121,7 @@ class Session:
             parameters: their values.
             doing: what is being done, for the error.
             patience: seconds that the statement may take beyond `read_timeout`.
+            of_rows: the statement reads or writes rows of the destination, which Postgres may quote in an error.
 
         Raises:
             DestinationError, PassingError: Postgres refused, or did not answer.
@@ -127,15 +130,15 @@ class Session:
         def answer(cursor: dbapi.Cursor) -> list[tuple[object, ...]]:
             return [tuple(row) for row in cursor.fetchall()]
 
-        return self._answer(answer, sql, parameters, doing, patience, ANSWER_BYTES)
+        return self._answer(answer, sql, parameters, doing, patience, ANSWER_BYTES, of_rows=of_rows)
 
-    def arrow(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> pa.Table:
+    def arrow(self, sql: str, *parameters: object, doing: str, patience: float = 0, of_rows: bool = False) -> pa.Table:
         """The rows of one statement as an Arrow table. Arguments and errors as those of `rows`."""
 
         def answer(cursor: dbapi.Cursor) -> pa.Table:
             return cursor.fetch_arrow_table()
 
-        return self._answer(answer, sql, parameters, doing, patience, math.inf)
+        return self._answer(answer, sql, parameters, doing, patience, math.inf, of_rows=of_rows)
 
     def _answer(
         self,
@@ -145,6 +148,8 @@ class Session:
         doing: str,
         patience: float,
         answer_bytes: float,
+        *,
+        of_rows: bool,
     ) -> Answer:
         """What is read of a statement's answer."""
 
@@ -157,11 +162,11 @@ class Session:
             try:
                 return self._bounded(answer, patience, answer_bytes)
             except dbapi.Error as error:
-                self.explain(error, doing)
+                self.explain(error, doing, of_rows=of_rows)
 
-    def execute(self, sql: str, *parameters: object, doing: str, patience: float = 0) -> None:
-        """Run one statement whose answer does not matter. Raises as `rows`."""
-        self.rows(sql, *parameters, doing=doing, patience=patience)
+    def execute(self, sql: str, *parameters: object, doing: str, patience: float = 0, of_rows: bool = False) -> None:
+        """Run one statement whose answer does not matter. Arguments and errors as those of `rows`."""
+        self.rows(sql, *parameters, doing=doing, patience=patience, of_rows=of_rows)
 
     @contextlib.contextmanager
     def transaction(self, doing: str = "beginning a transaction") -> Iterator[None]:
@@ -184,7 +189,7 @@ class Session:
             if replication_role == "replica":
                 raise DestinationError(_REPLICA)
             yield
-            self.execute("COMMIT", doing="committing")
+            self.execute("COMMIT", doing="committing", of_rows=True)
         except BaseException:
             self._roll_back()
             raise
@@ -209,7 +214,7 @@ class Session:
         with contextlib.suppress(dbapi.Error):
             self._connection.adbc_cancel()
 
-    def explain(self, error: dbapi.Error, doing: str) -> NoReturn:
+    def explain(self, error: dbapi.Error, doing: str, *, of_rows: bool = False) -> NoReturn:
         """Raise the error that a user sees for one of the driver's.
 
         Raises:
@@ -222,7 +227,7 @@ class Session:
                 f"Postgres stopped answering while {doing}: nothing for {self._read_timeout:.0f} s (the connection's "
                 "`read_timeout`) and more. The connection was given up."
             ) from None
-        raise errors.during(error, doing) from None
+        raise errors.during(error, doing, of_rows=of_rows) from None
 
     def close(self) -> None:
         """Hang up."""

@@ -512,7 +512,9 @@ def _check_compared(
 
 def _has_rows(session: Session, destination: Destination) -> bool:
     sql = f"SELECT EXISTS (SELECT FROM {destination.qualified})"
-    [(has_rows,)] = session.rows(sql, doing=f"looking into {destination.qualified}", patience=MERGE_TIMEOUT)
+    [(has_rows,)] = session.rows(
+        sql, doing=f"looking into {destination.qualified}", patience=MERGE_TIMEOUT, of_rows=True
+    )
     return bool(has_rows)
 
 

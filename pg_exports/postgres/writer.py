@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from pg_exports.interval import Counts, Example, Interval, IntervalFrames, Seconds, spanned
-from pg_exports.postgres import journal, ledger, locks, registry, rejected, streams
+from pg_exports.postgres import journal, ledger, locks, own_tables, registry, rejected, streams
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.ledger import Past, Written
 from pg_exports.postgres.load import Load, Loading, may_go_straight_in
@@ -80,6 +80,7 @@ def write(
     with session.transaction():
         free = locks.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
         tables.lock(session, destination)
+        own_tables.hold(session, destination.schema, (ledger.TABLE, journal.TABLE, rejected.TABLE, registry.TABLE))
         model = export.source.model
         table = registry.recognise(session, tables.inspect(session, destination, model), export.team_id)
         if may_go_straight_in(export, table):

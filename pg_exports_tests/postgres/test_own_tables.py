@@ -3,15 +3,19 @@ export's role: he learns nothing, and nothing of his runs.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from typing import Any
 
 import pytest
 
-from pg_exports.postgres import journal, ledger, registry, rejected
+from pg_exports.postgres import journal, ledger, registry, rejected, writer
 from pg_exports.postgres.identifiers import quoted
+from pg_exports.postgres.schemas import CREATION_LOCK
 from pg_exports.sandbox import Sandbox, postgres_server
 from pg_exports.sandbox.servers import DATABASE, ROLE
 from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
+from pg_exports_tests.faults import eventually
 from pg_exports_tests.source_rows import event, export_of
 
 TABLES = (ledger.TABLE, journal.TABLE, rejected.TABLE, registry.TABLE)
@@ -85,6 +89,86 @@ def test_a_strangers_trigger_on_an_own_table_is_refused(
     error = str(run(model, partition_key(hour)).error)
     assert "The trigger trap" in error
     assert "DROP TRIGGER" in error
+    assert target.rows("SELECT has_table_privilege('public', 'events', 'SELECT')") == [(False,)]
+
+
+def test_a_strangers_function_in_the_condition_of_a_trigger_is_refused(
+    source: Source, target: Target, run: RunExport, hour: datetime, intruder: str
+) -> None:
+    model = export_of("events", target, hour)
+    assert run(model, partition_key(hour)).error is None
+    target.execute(f"GRANT TRIGGER ON {ledger.TABLE} TO {quoted(intruder)}")
+    as_(
+        intruder,
+        target,
+        f"CREATE FUNCTION trap(entry {ledger.TABLE}) RETURNS boolean LANGUAGE plpgsql AS"
+        " $$ BEGIN EXECUTE 'GRANT SELECT ON events TO PUBLIC'; RETURN true; END $$",
+        f"CREATE TRIGGER trap BEFORE UPDATE ON {ledger.TABLE} FOR EACH ROW WHEN (trap(new))"
+        " EXECUTE FUNCTION suppress_redundant_updates_trigger()",
+    )
+    source.insert("events", event(hour))
+    assert "The trigger trap" in str(run(model, partition_key(hour)).error)
+    assert target.rows("SELECT has_table_privilege('public', 'events', 'SELECT')") == [(False,)]
+
+
+def test_a_trigger_that_comes_while_a_run_reads_is_refused(
+    source: Source,
+    target: Target,
+    run: RunExport,
+    hour: datetime,
+    intruder: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = export_of("events", target, hour)
+    assert run(model, partition_key(hour)).error is None
+    target.execute(f"GRANT TRIGGER ON {ledger.TABLE} TO {quoted(intruder)}")
+    source.insert("events", event(hour))
+    write = writer.write
+
+    def write_late(*arguments: Any, **options: Any) -> writer.Outcome:
+        trigger = f"CREATE TRIGGER trap BEFORE INSERT OR UPDATE ON {ledger.TABLE} FOR EACH ROW EXECUTE FUNCTION trap()"
+        as_(intruder, target, TRAP, trigger)
+        return write(*arguments, **options)
+
+    monkeypatch.setattr(writer, "write", write_late)
+    assert "The trigger trap" in str(run(model, partition_key(hour)).error)
+    assert target.rows("SELECT has_table_privilege('public', 'events', 'SELECT')") == [(False,)]
+    assert target.count("events") == 0
+
+
+def test_who_makes_an_own_table_while_a_run_waits_to_create_it_gets_nothing(
+    source: Source, target: Target, run: RunExport, hour: datetime, intruder: str
+) -> None:
+    source.insert("events", event(hour))
+    model = export_of("events", target, hour)
+    assert run(model, partition_key(hour)).error is None
+    [(columns,)] = target.rows(
+        "SELECT string_agg(format('%I %s', attname, format_type(atttypid, atttypmod)), ', ') FROM pg_attribute"
+        f" WHERE attrelid = '{ledger.TABLE}'::regclass AND attnum > 0"
+    )
+    target.execute("DROP TABLE events, " + ", ".join(TABLES))
+    # So that it waits for the ledger alone, and not for the destination before.
+    target.execute("CREATE TABLE events (uuid text, event text)", f"GRANT INSERT, SELECT, UPDATE ON events TO {ROLE}")
+    with (
+        ThreadPoolExecutor(1) as pool,
+        postgres_server.admin(target.sandbox.postgres, DATABASE) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute("SELECT pg_advisory_lock(hashtext(%s))", [CREATION_LOCK])
+        running = pool.submit(run, model, partition_key(hour))
+        eventually(lambda: target.rows("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+        as_(
+            intruder,
+            target,
+            f"CREATE TABLE {ledger.TABLE} ({columns})",
+            f"GRANT INSERT, SELECT, UPDATE ON {ledger.TABLE} TO {ROLE}",
+            TRAP,
+            f"CREATE TRIGGER trap BEFORE INSERT ON {ledger.TABLE} FOR EACH ROW EXECUTE FUNCTION trap()",
+        )
+        cursor.execute("SELECT pg_advisory_unlock_all()")
+        error = str(running.result().error)
+    assert f"belongs to {intruder}" in error
+    assert target.count(ledger.TABLE) == 0
     assert target.rows("SELECT has_table_privilege('public', 'events', 'SELECT')") == [(False,)]
 
 
