@@ -17,7 +17,7 @@ from typing import Literal
 import dagster as dg
 
 from pg_exports.clickhouse import ClickHouseResource
-from pg_exports.errors import ExportError, PassingError
+from pg_exports.errors import ExportError, PassingError, printable
 from pg_exports.models import Model, Query, Selection
 from pg_exports.postgres import PostgresResource, journal, ledger, own_tables, registry, rejected, schemas
 from pg_exports.postgres import table as tables
@@ -151,7 +151,7 @@ def _in_order(checks: Sequence[_Check]) -> Iterator[Step]:
             for status, text in check.find_out():
                 if status == "failed":
                     failed.add(check.name)
-                yield Step(check.name, status, text)
+                yield Step(check.name, status, printable(text))
         except (ExportError, PassingError) as error:
             failed.add(check.name)
             yield Step(check.name, "failed", str(error))

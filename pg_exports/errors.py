@@ -17,11 +17,28 @@ def printable(text: str) -> str:
     return _NOT_SHOWN.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
+def one_line(text: str) -> str:
+    r"""The same on one line: a name may hold a line feed, which is written as `\n` then."""
+    return printable(text).replace("\n", "\\n")
+
+
+LONGEST = 8_000
+"""Characters of an error: Dagster keeps it, and a server's text may have any number."""
+
+
+def _shortened(text: str) -> str:
+    """A printable text whose middle is left out where it is too long: what an error is about stands at its ends."""
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]} ... ({len(text) - LONGEST} characters are left out) ... {text[-half:]}"
+    return printable(text)
+
+
 class ExportError(dg.Failure):
     """Something is wrong that another try will not mend; the message says what to change. Not retried."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(description=printable(message), allow_retries=False)
+        super().__init__(description=_shortened(message), allow_retries=False)
 
     def __str__(self) -> str:
         return self.description or ""
@@ -43,7 +60,7 @@ class PassingError(dg.Failure):
     """Something that may be over at the next try: a lost connection, a server that restarts, a lock that is held."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(description=printable(message), allow_retries=True)
+        super().__init__(description=_shortened(message), allow_retries=True)
 
     def __str__(self) -> str:
         return self.description or ""

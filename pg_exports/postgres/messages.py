@@ -13,6 +13,8 @@ from adbc_driver_postgresql import dbapi
 _OF_THE_SERVER = ("08", "25", "26", "28", "34", "3B", "3D", "40", "42501", "53", "55", "57", "58", "XX")
 _OF_A_STATEMENT = ("0A", "0B", "2B", "2F", "3F", "42")
 
+_CHECK = "23514"
+
 _KINDS = {
     "21000": "a query finds more than one row",
     "22001": "a text is too long for its column's type",
@@ -23,11 +25,11 @@ _KINDS = {
     "22021": "a text has characters that the database's encoding has not",
     "22P02": "a text is no value of the type that it is read as",
     "22P05": "a text has characters that the database's encoding has not",
-    "23502": "null value violates not-null constraint",
-    "23503": "violates foreign key constraint",
-    "23505": "violates unique constraint",
-    "23514": "violates check constraint",
-    "23P01": "violates exclusion constraint",
+    "23502": "it violates not-null constraint",
+    "23503": "it violates foreign key constraint",
+    "23505": "it violates unique constraint",
+    "23514": "it violates check constraint",
+    "23P01": "it violates exclusion constraint",
     "54000": "a limit of Postgres's is exceeded",
     "54001": "stack depth limit exceeded",
     "P0001": "a function that the table calls raised an error",
@@ -60,6 +62,8 @@ def shown(error: dbapi.Error, *, of_rows: bool) -> str:
     if not is_about_a_row(error, of_rows=of_rows):
         return _joined(error, "PRIMARY", "DETAIL", "HINT")
     state = error.sqlstate or ""
+    if state == _CHECK and "PG_DIAG_CONSTRAINT_NAME" not in found:
+        return f'no partition of "{found.get("PG_DIAG_TABLE_NAME", "")}" takes it (SQLSTATE {state})'
     kind = _KINDS.get(state, "a value does not fit" if state.startswith("22") else "it refused")
     names = [f'"{found[field]}"' for field in ("PG_DIAG_COLUMN_NAME", "PG_DIAG_CONSTRAINT_NAME") if found.get(field)]
     table = [f'of "{found["PG_DIAG_TABLE_NAME"]}"'] if found.get("PG_DIAG_TABLE_NAME") else []

@@ -1,6 +1,6 @@
 """The schema that an export writes to: whether the role may use it and create tables there, and who else may."""
 
-from pg_exports.errors import DestinationError
+from pg_exports.errors import DestinationError, one_line
 from pg_exports.postgres import advisory_locks
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
@@ -92,7 +92,7 @@ def stranger(session: Session, schema: str, oid: int) -> str | None:
     there, and have code run as this role.
     """
     rows = session.rows(_STRANGER, schema, oid, doing="reading the table's owner")
-    return str(rows[0][0]) if rows else None
+    return one_line(str(rows[0][0])) if rows else None
 
 
 # Who acts as somebody that is trusted is, too.
@@ -113,7 +113,9 @@ ORDER BY name <> 'PUBLIC', name
 
 def creators(session: Session, schema: str) -> list[str]:
     """Who may create in a schema beside this role, the schema's owner and superusers: `PUBLIC` alone where everybody may."""
-    names = [str(name) for (name,) in session.rows(_CREATORS, schema, doing="reading who may create in a schema")]
+    names = [
+        one_line(str(name)) for (name,) in session.rows(_CREATORS, schema, doing="reading who may create in a schema")
+    ]
     return names[:1] if names[:1] == ["PUBLIC"] else names
 
 

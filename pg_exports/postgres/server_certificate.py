@@ -15,7 +15,7 @@ from datetime import datetime
 from cryptography import x509
 from cryptography.x509 import DNSName, IPAddress, SubjectAlternativeName
 
-from pg_exports.errors import DestinationError, PassingError, SettingsError
+from pg_exports.errors import DestinationError, PassingError, SettingsError, one_line
 
 TIMEOUT = 15
 """Seconds for each of connecting, an answer, and the handshake."""
@@ -78,8 +78,8 @@ def read(host: str, port: int) -> ServerCertificate:
                 return ServerCertificate(
                     protocol=encrypted.version() or protocol,
                     cipher=cipher,
-                    subject=certificate.subject.rfc4514_string(),
-                    issuer=certificate.issuer.rfc4514_string(),
+                    subject=one_line(certificate.subject.rfc4514_string()),
+                    issuer=one_line(certificate.issuer.rfc4514_string()),
                     names=_names(certificate),
                     begins=certificate.not_valid_before_utc,
                     expires=certificate.not_valid_after_utc,
@@ -125,4 +125,5 @@ def _names(certificate: x509.Certificate) -> tuple[str, ...]:
         names = certificate.extensions.get_extension_for_class(SubjectAlternativeName).value
     except x509.ExtensionNotFound:
         return ()
-    return (*names.get_values_for_type(DNSName), *map(str, names.get_values_for_type(IPAddress)))
+    found = (*names.get_values_for_type(DNSName), *map(str, names.get_values_for_type(IPAddress)))
+    return tuple(map(one_line, found))

@@ -164,12 +164,13 @@ def test_a_value_that_does_not_fit_names_column_and_row_and_nothing_is_written(s
     ]
     target.execute(*itertools.chain.from_iterable(made))
     with target.resource().session() as session:
-        for n, (_, changes, reason) in enumerate(MISFITS):
+        for n, (columns, changes, reason) in enumerate(MISFITS):
             destination = Destination(None, target.schema, f"t{n}")
             rows = [event(1, **good), event(2, **good), event(3, **{**good, **changes}), event(4, **good)]
             with pytest.raises(DestinationError, match=reason) as refused:
                 load_by(session, destination, EVENTS, *rows, staged=staged)
-            assert UUID.format(3) in str(refused.value)
+            # A statement that merges does not say which row it was about.
+            assert (UUID.format(3) in str(refused.value)) is not (staged and "CHECK" in columns)
             assert session.rows(f"SELECT 1 FROM {destination.qualified}", doing="counting") == []
 
 
@@ -180,7 +181,7 @@ def test_rows_that_no_partition_takes_are_an_error_and_the_others_land_in_theirs
     load(target, EVENTS, event(1), event(2))
     assert load(target, EVENTS, event(2), event(3), staged=True) == Merged(1, 0)
     assert target.count("january") == 3
-    with pytest.raises(DestinationError, match="no partition of relation"):
+    with pytest.raises(DestinationError, match='no partition of "events" takes it'):
         load(target, EVENTS, event(4, timestamp=MOMENT.replace(month=2, day=1)))
 
 

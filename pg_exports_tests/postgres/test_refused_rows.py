@@ -291,7 +291,7 @@ MERGED = {
     ),
     "a unique index": ("UNIQUE (properties)", "unique constraint"),
     "an exclusion constraint": ("EXCLUDE (properties WITH =)", "exclusion constraint"),
-    "a check that needs more than what is exported": ("note text, CHECK (note IS NOT NULL)", "check constraint"),
+    "a check": ("CHECK (distinct_id <> 'b')", "check constraint"),
 }
 
 
@@ -307,33 +307,6 @@ def test_a_merge_that_postgres_refuses_fails_with_the_constraint_and_where_the_r
         f" {constraint})",
         f"GRANT INSERT, SELECT, UPDATE ON persons TO {ROLE}",
     )
-    with pytest.raises(DestinationError, match=rf'violates {reason} ".*"\nWhich row it was is in Postgres'):
+    with pytest.raises(DestinationError, match=rf'violates {reason} ".*".*\nWhich row it was is in Postgres'):
         load(target, PERSONS, person("a"), person("b"))
     assert target.count("persons") == 0
-
-
-def test_a_row_that_a_check_refuses_is_named_before_the_merge(target: Target) -> None:
-    target.execute(
-        "CREATE TABLE persons (team_id integer, distinct_id text, person_id text, properties jsonb,"
-        " person_distinct_id_version integer, person_version integer, PRIMARY KEY (team_id, distinct_id),"
-        " CONSTRAINT no_bots CHECK (distinct_id <> 'b'))",
-        f"GRANT INSERT, SELECT, UPDATE ON persons TO {ROLE}",
-    )
-    with pytest.raises(DestinationError, match=r'relation "persons" violates check constraint "no_bots"[^"]*\n.*"b"'):
-        load(target, PERSONS, person("a"), person("b"), person("c"))
-    load(target, PERSONS, person("a"), person("c"))
-    assert target.rows("SELECT distinct_id FROM persons ORDER BY 1") == [("a",), ("c",)]
-
-
-def test_what_a_trigger_mends_is_not_refused_before_it_could(target: Target) -> None:
-    target.execute(
-        "CREATE TABLE persons (team_id integer, distinct_id text, person_id text, properties jsonb,"
-        " person_distinct_id_version integer, person_version integer, PRIMARY KEY (team_id, distinct_id),"
-        " CHECK (distinct_id = lower(distinct_id)))",
-        "CREATE FUNCTION mend() RETURNS trigger LANGUAGE plpgsql AS"
-        " $$ BEGIN NEW.distinct_id := lower(NEW.distinct_id); RETURN NEW; END $$",
-        "CREATE TRIGGER mend BEFORE INSERT ON persons FOR EACH ROW EXECUTE FUNCTION mend()",
-        f"GRANT INSERT, SELECT, UPDATE ON persons TO {ROLE}",
-    )
-    load(target, PERSONS, person("A"))
-    assert target.rows("SELECT distinct_id FROM persons") == [("a",)]
