@@ -3,7 +3,7 @@
 import dagster as dg
 import pytest
 
-from pg_exports.errors import DestinationError, ExportError, PassingError, SettingsError, SourceError
+from pg_exports.errors import LONGEST, DestinationError, ExportError, PassingError, SettingsError, SourceError
 
 
 @pytest.mark.parametrize("kind", [SettingsError, SourceError, DestinationError])
@@ -26,6 +26,15 @@ def test_a_passing_error_is_a_failure_that_may_be_retried() -> None:
 def test_what_a_terminal_would_obey_is_written_out(kind: type[SourceError | PassingError]) -> None:
     error = kind("a\x1b[31m\r\u202eb\ud800\n\tÄ 🦔 \x00\x9b")
     assert str(error) == error.description == "a\\x1b[31m\\r\\u202eb\\ud800\n\tÄ 🦔 \\x00\\x9b"
+
+
+@pytest.mark.parametrize("kind", [SourceError, PassingError])
+def test_of_a_text_of_any_length_both_ends_are_kept(kind: type[SourceError | PassingError]) -> None:
+    text = str(kind(f"What it is. {'x' * 50_000_000} What to do."))
+    assert text.startswith("What it is. xxx")
+    assert text.endswith("xxx What to do.")
+    assert f"({50_000_000 + 24 - LONGEST} characters are left out)" in text
+    assert len(text) < LONGEST + 100
 
 
 @pytest.mark.parametrize(("error", "tries"), [(SourceError("no"), 1), (PassingError("not now"), 3)])

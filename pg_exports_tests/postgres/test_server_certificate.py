@@ -3,15 +3,23 @@
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from pg_exports.errors import DestinationError, PassingError, SettingsError
 from pg_exports.postgres import server_certificate
 from pg_exports.sandbox import Sandbox, postgres_server
-from pg_exports.sandbox.certificates import HOST
+from pg_exports.sandbox.certificates import HOST, Certificates
+from pg_exports_tests.postgres.hostile_server import hostile_server
+
+DAY = timedelta(days=1)
 
 
 @pytest.fixture
@@ -48,6 +56,21 @@ def test_the_certificate_is_the_one_that_the_server_was_given(sandbox: Sandbox) 
     assert shown.names == (HOST,)
     assert (shown.begins, shown.expires) == (issued.not_valid_before_utc, issued.not_valid_after_utc)
     assert shown.begins < datetime.now(UTC) < shown.expires
+
+
+def test_a_name_in_it_steers_no_terminal_and_forges_no_line(tmp_path: Path) -> None:
+    name = "x\x1b[2J\nNothing failed."
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    builder = x509.CertificateBuilder(subject, subject, key.public_key(), 1, now - DAY, now + DAY)
+    certificate = tmp_path / "server.crt"
+    certificate.write_bytes(builder.sign(key, SHA256()).public_bytes(Encoding.PEM))
+    private = tmp_path / "server.key"
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    with hostile_server(Certificates(certificate, certificate, private)) as server:
+        shown = server_certificate.read(HOST, server.port)
+    assert shown.subject == shown.issuer == r"CN=x\x1b[2J\nNothing failed."
 
 
 def test_it_is_shown_under_a_name_that_is_not_in_it(sandbox: Sandbox) -> None:
