@@ -1,5 +1,6 @@
 """Exports that read and copy an interval over several connections: the same rows, each once, whatever fails on the way."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -221,7 +222,7 @@ def test_what_fails_between_two_commits_is_in_the_ledger_and_the_next_run_sends_
     refuse_ledger(target, "new.rows_at_source > 0 AND new.rows_missing = 0")
     export = export_of("events", target, hour, streams=STREAMS)
     failed = run(export, partition_key(hour))
-    assert "not this one" in (failed.error or "")
+    assert "refuse() line 3 at RAISE" in (failed.error or "")
     there = each_once(target)
     assert 0 < there < ROWS
     assert ledger_row(target) == (ROWS, there, 0, ROWS - there, there)
@@ -271,6 +272,18 @@ def test_a_passing_error_between_two_commits_is_mended_by_the_run_itself(
     assert ledger_row(target)[3] == 0
 
 
+@contextlib.contextmanager
+def stalled(target: Target) -> Iterator[None]:
+    """Each connection waits where it would write the first journal."""
+    target.execute(
+        "CREATE FUNCTION stall() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" PERFORM pg_advisory_xact_lock_shared(hashtext('{target.schema}')); RETURN new; END $$",
+        "CREATE TRIGGER stall BEFORE INSERT ON pg_exports_keys FOR EACH STATEMENT EXECUTE FUNCTION stall()",
+    )
+    with holding(target, f"SELECT pg_advisory_xact_lock(hashtext('{target.schema}'))"):
+        yield
+
+
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_connection_that_breaks_while_rows_are_copied_leaves_nothing_and_the_next_try_brings_all(
     source: Source, target: Target, run: RunExport, hour: datetime, which: int
@@ -279,7 +292,7 @@ def test_a_connection_that_breaks_while_rows_are_copied_leaves_nothing_and_the_n
     fill(source, hour)
     export = export_of("events", target, hour, streams=STREAMS)
     with ThreadPoolExecutor(1) as threads:
-        with holding(target, "LOCK TABLE pg_exports_keys IN EXCLUSIVE MODE"):
+        with stalled(target):
             done = threads.submit(run, export, partition_key(hour))
             eventually(lambda: waiting(target) == STREAMS)
             assert landed(target) == NOTHING
@@ -304,7 +317,7 @@ def test_an_interrupt_ends_all_connections_and_leaves_nothing(
         eventually(lambda: waiting(target) == STREAMS)
         os.kill(os.getpid(), signal.SIGINT)
 
-    with holding(target, "LOCK TABLE pg_exports_keys IN EXCLUSIVE MODE"):
+    with stalled(target):
         thread = threading.Thread(target=interrupt)
         thread.start()
         began = time.monotonic()
