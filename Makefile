@@ -13,7 +13,7 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo dev check verify backfill test pythons soak bench cluster lint screenshots docs clean sandbox postgresql pgbouncer chromium redis
+.PHONY: help demo dev check verify backfill test pythons soak bench cluster lint hashes screenshots docs clean sandbox postgresql pgbouncer chromium redis
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 13
@@ -68,6 +68,13 @@ lint: .venv/installed ## Format, lint, types, definitions
 	@$(BIN)/mypy --no-error-summary
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 		DAGSTER_HOME="$$folder" PG_EXPORTS_TEAM_ID=1 $(BIN)/dg check defs >"$$folder/log" 2>&1 || { cat "$$folder/log"; exit 1; }
+
+# With the build backend, so that the project itself is installed without fetching anything (docs/set-up.md).
+hashes: .venv/hashes-installed ## deploy/requirements.txt, written anew: what production installs, with sha256 hashes
+	@printf 'hatchling\neditables\n' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade \
+		--constraints deploy/constraints.txt --extra celery --extra kubernetes pyproject.toml - \
+		--generate-hashes --only-binary :all: --emit-build-options --no-strip-extras --no-annotate \
+		--custom-compile-command 'make hashes' --output-file deploy/requirements.txt
 
 screenshots: postgresql chromium ## The pictures of README.md, made anew
 	@$(BIN)/python -m pg_exports_tests.ui.screenshots
@@ -125,4 +132,8 @@ chromium:
 .venv/cluster-installed: .venv/installed
 	@echo "Installing what deployments on many hosts have into .venv ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,celery,kubernetes,deploy]' --constraint deploy/constraints.txt
+	@touch $@
+
+.venv/hashes-installed: .venv/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,hashes]' --constraint deploy/constraints.txt
 	@touch $@
