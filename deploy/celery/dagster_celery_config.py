@@ -13,7 +13,7 @@ _launcher = InstanceRef.from_dir(os.environ["DAGSTER_HOME"]).run_launcher
 if not isinstance(_launcher, CeleryRunLauncher):
     raise SystemExit(
         f"DAGSTER_HOME ({os.environ['DAGSTER_HOME']}) has no dagster.yaml with a CeleryRunLauncher: "
-        "it should be the folder deploy/celery."
+        "it should be that of deploy/celery."
     )
 broker_url = _launcher.broker
 result_backend = _launcher.backend

@@ -1,6 +1,5 @@
 """`deploy/celery`: its files are what Dagster's and Celery's own classes make of them."""
 
-import configparser
 import importlib.util
 import os
 import subprocess
@@ -58,7 +57,7 @@ def test_a_worker_without_the_right_home_says_so(tmp_path: Path) -> None:
     (tmp_path / "dagster.yaml").write_text("")
     said = _python("import dagster_celery.app", {"DAGSTER_HOME": str(tmp_path)})
     assert said.returncode == 1
-    assert "has no dagster.yaml with a CeleryRunLauncher: it should be the folder deploy/celery" in said.stderr
+    assert "has no dagster.yaml with a CeleryRunLauncher: it should be that of deploy/celery" in said.stderr
 
 
 def _python(program: str, variables: dict[str, str]) -> "subprocess.CompletedProcess[str]":
@@ -80,18 +79,6 @@ def test_the_workspace_names_modules_that_are_there() -> None:
     }
     assert modules == {"pg_exports": "pg_exports.definitions", "lost_runs": "pg_exports.lost_runs"}
     assert all(importlib.util.find_spec(module) for module in modules.values())
-
-
-@pytest.mark.parametrize("unit", sorted(SETTINGS.glob("*.service")), ids=lambda unit: unit.stem)
-def test_a_unit_has_this_folder_as_its_home_and_its_secrets_in_a_file(unit: Path) -> None:
-    parser = configparser.ConfigParser(strict=False, interpolation=None)
-    parser.optionxform = str  # type: ignore[assignment]
-    parser.read(unit)
-    service = unit.read_text()
-    assert "Environment=DAGSTER_HOME=/srv/pg_exports/deploy/celery\n" in service
-    assert parser["Service"]["EnvironmentFile"] == "/srv/pg_exports/.env"
-    assert parser["Service"]["ExecStart"].startswith("/srv/pg_exports/.venv/bin/")
-    assert parser["Service"]["Restart"] == "always"
 
 
 def test_the_cluster_s_workers_are_started_as_the_unit_starts_them() -> None:
