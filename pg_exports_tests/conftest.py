@@ -47,6 +47,8 @@ LONGEST = (
     "test_streams",
     "cluster.test_lost_runs",
     "deploy.test_kubernetes_run",
+    "deploy.test_requirements",
+    "deploy.test_systemd",
     "test_ranges_together",
     "clickhouse.test_shard_settings",
     "clickhouse.test_cluster_faults",
