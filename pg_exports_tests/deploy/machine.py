@@ -30,6 +30,8 @@ _TARGETS = {
 }
 """And of the targets no more than the names, and what they start: this one's services stay here."""
 
+_SPACES = ("unshare", "--mount", "--pid", "--fork", "--cgroup", "--uts", "--ipc")
+
 # The arguments: the file system's folder, the one with what is laid over it, and what is mounted as `from:to`.
 _BOOT = """
 set -eu
@@ -122,20 +124,7 @@ def is_possible() -> bool:
 
 
 def _has_namespaces() -> bool:
-    command = (
-        "unshare",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--cgroup",
-        "--uts",
-        "--ipc",
-        "mount",
-        "-t",
-        "tmpfs",
-        "t",
-        "/mnt",
-    )
+    command = (*_SPACES, "mount", "-t", "tmpfs", "tmpfs", "/mnt")
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
@@ -157,19 +146,8 @@ def machine(folder: Path, over: Path, mounts: Mapping[Path, str]) -> Iterator[Ma
     root = folder / "root"
     root.mkdir()
     pairs: Sequence[str] = [f"{source}:{place}" for source, place in mounts.items()]
-    command = (
-        "unshare",
-        "--mount",
-        "--pid",
-        "--fork",
-        "--cgroup",
-        "--uts",
-        "--ipc",
-        "--kill-child",
-        "bash",
-        "-c",
-        _BOOT,
-    )
+    # It does not outlive this process.
+    command = ("setpriv", "--pdeathsig", "KILL", *_SPACES, "--kill-child", "bash", "-c", _BOOT)
     with (folder / "systemd.log").open("wb") as log:
         process = subprocess.Popen(
             (*command, "boot", str(root), str(over), *pairs), stdout=log, stderr=log, start_new_session=True
