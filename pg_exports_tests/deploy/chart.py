@@ -90,7 +90,7 @@ def render(content: Mapping[str, Any]) -> Release:
     [deployment] = [Values(deployment, "deployments.") for deployment in code.take("deployments")]
     instance = {
         **_storages(values.part("postgresql")),
-        "run_launcher": _run_launcher(values.part("runLauncher"), storage_secret),
+        "run_launcher": _run_launcher(values.part("runLauncher")),
         "run_coordinator": _run_coordinator(daemon.part("runCoordinator")),
         "compute_logs": {
             "module": "dagster.core.storage.noop_compute_log_manager",
@@ -103,8 +103,10 @@ def render(content: Mapping[str, Any]) -> Release:
         **values.take("additionalInstanceConfig"),
     }
     pods = {
-        "dagsterDaemon": _pod(daemon, "daemon", storage_secret),
-        "dagsterWebserver": _pod(webserver, "webserver", storage_secret, **_web(webserver)),
+        "dagsterDaemon": _pod(daemon, "daemon", _labels("dagster-daemon", deployment="daemon"), storage_secret),
+        "dagsterWebserver": _pod(
+            webserver, "webserver", _labels("dagster-webserver"), storage_secret, **_web(webserver)
+        ),
         "dagster-user-deployments": _code_server(deployment, storage_secret),
     }
     for part in (values, deployment):
@@ -149,33 +151,12 @@ def _storages(part: Values) -> dict[str, Any]:
     return {key: {"module": module, "class": name, "config": config} for key, (module, name) in classes.items()}
 
 
-def _run_launcher(part: Values, storage_secret: str) -> dict[str, Any]:
-    name = _only(part, "K8sRunLauncher")
-    launcher = part.part("config").part("k8sRunLauncher")
-    config = {
-        "load_incluster_config": launcher.take("loadInclusterConfig", True),
-        "kubeconfig_file": launcher.take("kubeconfigFile", None),
-        "job_namespace": launcher.take("jobNamespace", NAMESPACE),
-        "image_pull_policy": launcher.take("imagePullPolicy"),
-        "service_account_name": RELEASE,
-        "dagster_home": HOME,
-        "instance_config_map": f"{RELEASE}-instance",
-        "postgres_password_secret": storage_secret,
-        "env_config_maps": [source["name"] for source in launcher.take("envConfigMaps")],
-        "env_secrets": [source["name"] for source in launcher.take("envSecrets")],
-        "volume_mounts": launcher.take("volumeMounts"),
-        "volumes": launcher.take("volumes"),
-        "resources": launcher.take("resources"),
-        "security_context": launcher.take("securityContext"),
-        "run_k8s_config": _run_k8s_config(launcher.part("runK8sConfig")),
-    }
-    given = {key: value for key, value in config.items() if value is not None}
-    return {"module": "dagster_k8s", "class": name, "config": given}
-
-
-def _run_k8s_config(part: Values) -> dict[str, Any]:
-    names = ("containerConfig", "podSpecConfig", "podTemplateSpecMetadata", "jobSpecConfig", "jobMetadata")
-    return {name: value for name, value in _snake({name: part.take(name, None) for name in names}).items() if value}
+def _run_launcher(part: Values) -> dict[str, Any]:
+    assert part.take("type") == "CustomRunLauncher", (
+        "the chart's own section of the launcher cannot restrict a run's tags"
+    )
+    launcher = part.part("config").part("customRunLauncher")
+    return {"module": launcher.take("module"), "class": launcher.take("class"), "config": launcher.take("config")}
 
 
 def _run_coordinator(part: Values) -> dict[str, Any]:
@@ -194,7 +175,7 @@ def _concurrency(part: Values) -> dict[str, Any]:
     return {"runs": _snake(part.take("runs")), "pools": _snake(part.take("pools"))}
 
 
-def _pod(part: Values, name: str, storage_secret: str, **settings: Any) -> dict[str, Any]:
+def _pod(part: Values, name: str, labels: dict[str, str], storage_secret: str, **settings: Any) -> dict[str, Any]:
     """A pod with what the values have of it. The chart adds the files of the instance and the workspace."""
     image = part.part("image")
     assert part.take("checkDbReadyInitContainer", False) is False, "an init container is not rendered here"
@@ -220,7 +201,7 @@ def _pod(part: Values, name: str, storage_secret: str, **settings: Any) -> dict[
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": {"name": name, "namespace": NAMESPACE},
+        "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels},
         "spec": {
             "serviceAccountName": RELEASE,
             "securityContext": part.take("podSecurityContext"),
@@ -254,4 +235,11 @@ def _code_server(part: Values, storage_secret: str) -> dict[str, Any]:
         str(part.take("port")),
         *part.take("dagsterApiGrpcArgs"),
     ]
-    return _pod(part, part.take("name"), storage_secret, args=arguments)
+    name = part.take("name")
+    labels = _labels("user-deployments", "dagster-user-deployments", deployment=name)
+    return _pod(part, name, labels, storage_secret, args=arguments)
+
+
+def _labels(component: str, chart: str = "dagster", **others: str) -> dict[str, str]:
+    of_the_chart = {"app.kubernetes.io/name": chart, "app.kubernetes.io/instance": RELEASE}
+    return {**of_the_chart, "component": component, **others}

@@ -7,6 +7,7 @@ import copy
 import json
 import re
 from collections.abc import Mapping
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from dagster_k8s.job import construct_dagster_k8s_job
 from dagster_postgres.utils import pg_url_from_config
 from dagster_shared.yaml_utils import safe_load_yaml
 
-from pg_exports_tests.deploy.chart import as_yaml, read, render
+from pg_exports_tests.deploy.chart import HOME, NAMESPACE, RELEASE, as_yaml, read, render
 
 VERSIONS = ("1.33", "1.37")
 """The oldest and the newest Kubernetes that docs/kubernetes.md names."""
@@ -46,7 +47,9 @@ def manifests(name: str) -> list[dict[str, Any]]:
     return [safe_load_yaml(part) for part in (FOLDER / name).read_text().split("\n---\n")]
 
 
-ALL_MANIFESTS = [manifest for name in ("namespace", "secrets", "settings") for manifest in manifests(f"{name}.yaml")]
+ALL_MANIFESTS = [
+    manifest for name in ("namespace", "secrets", "settings", "network") for manifest in manifests(f"{name}.yaml")
+]
 
 
 def instance_of(values: Mapping[str, Any], folder: Path) -> InstanceRef:
@@ -71,6 +74,7 @@ def job_of_a_run(values: Mapping[str, Any], tags: Mapping[str, str] | None = Non
         context.get_k8s_job_config("registry.example.com/pg-exports:0.1.0", launcher),
         args=["dagster", "api", "execute_run", "{}"],
         job_name="dagster-run-0",
+        component="run_worker",
         user_defined_k8s_config=context.run_k8s_config,
     )
     sent = kubernetes.client.ApiClient().sanitize_for_serialization(job)
@@ -123,7 +127,7 @@ def changed(values: Mapping[str, Any], path: str, *, key: str | None = None, val
     return copied
 
 
-LAUNCHER = "runLauncher/config/k8sRunLauncher"
+LAUNCHER = "runLauncher/config/customRunLauncher/config"
 CODE = "dagster-user-deployments/deployments/0"
 
 
@@ -198,12 +202,13 @@ def test_kubernetes_knows_every_field_of_the_pods_and_of_a_runs_job(values: dict
         ("retention/sensor/purgeAfterDays/skipped", "skip"),
         ("telemetry/enabled", "enable"),
         ("additionalInstanceConfig/nux", "nox"),
-        (f"{LAUNCHER}/envSecrets", "envSecret"),
-        (f"{LAUNCHER}/runK8sConfig/podSpecConfig", "podSpec"),
-        (f"{LAUNCHER}/runK8sConfig/podSpecConfig/tolerations", "tolerates"),
-        (f"{LAUNCHER}/runK8sConfig/podSpecConfig/tolerations/0/tolerationSeconds", "seconds"),
-        (f"{LAUNCHER}/runK8sConfig/jobSpecConfig/backoffLimit", "backOffLimit"),
-        (f"{LAUNCHER}/securityContext/readOnlyRootFilesystem", "readOnly"),
+        (f"{LAUNCHER}/env_secrets", "env_secret"),
+        (f"{LAUNCHER}/only_allow_user_defined_k8s_config_fields", "only_allow"),
+        (f"{LAUNCHER}/run_k8s_config/pod_spec_config", "pod_spec"),
+        (f"{LAUNCHER}/run_k8s_config/pod_spec_config/tolerations", "tolerates"),
+        (f"{LAUNCHER}/run_k8s_config/pod_spec_config/tolerations/0/tolerationSeconds", "seconds"),
+        (f"{LAUNCHER}/run_k8s_config/job_spec_config/backoffLimit", "backOffLimit"),
+        (f"{LAUNCHER}/security_context/readOnlyRootFilesystem", "readOnly"),
         (f"{LAUNCHER}/volumes/1/emptyDir/sizeLimit", "limit"),
         (f"{LAUNCHER}/resources/limits", "limit"),
         (f"{CODE}/dagsterApiGrpcArgs", "dagsterApiArgs"),
@@ -239,6 +244,56 @@ def test_a_run_gets_no_token_of_kubernetes_but_the_password_of_dagsters_storage(
     assert pod["spec"]["automountServiceAccountToken"] is False
     [password] = [entry for entry in container(pod)["env"] if entry["name"] == "DAGSTER_PG_PASSWORD"]
     assert password["valueFrom"]["secretKeyRef"] == {"name": "pg-exports-storage", "key": "postgresql-password"}
+
+
+def test_a_run_s_names_are_those_that_the_chart_gives_and_its_environment_the_code_server_s(
+    values: dict[str, Any],
+) -> None:
+    config = render(values).instance["run_launcher"]["config"]
+    assert config["service_account_name"] == RELEASE
+    assert config["instance_config_map"] == f"{RELEASE}-instance"
+    assert config["dagster_home"] == HOME
+    assert config["job_namespace"] == NAMESPACE == manifests("namespace.yaml")[0]["metadata"]["name"]
+    assert config["postgres_password_secret"] == values["global"]["postgresqlSecretName"]
+    code_server, run = (container(pods(values)[name]) for name in ("dagster-user-deployments", "runLauncher"))
+    assert code_server["envFrom"] == run["envFrom"]
+
+
+OTHER_PODS: dict[str, dict[str, Any]] = {
+    "another image": {"container_config": {"image": "registry.example.com/another:1"}},
+    "another command": {"container_config": {"command": ["sh", "-c", "env"]}},
+    "a variable": {"container_config": {"env": [{"name": "PYTHONPATH", "value": "/tmp"}]}},
+    "another secret": {"container_config": {"env_from": [{"secret_ref": {"name": "another"}}]}},
+    "privileged": {"container_config": {"security_context": {"privileged": True}}},
+    "the node's files": {"pod_spec_config": {"volumes": [{"name": "host", "host_path": {"path": "/"}}]}},
+    "the node's network": {"pod_spec_config": {"host_network": True}},
+    "root": {"pod_spec_config": {"security_context": {"run_as_user": 0}}},
+    "a token": {"pod_spec_config": {"automount_service_account_token": True}},
+    "another account": {"pod_spec_config": {"service_account_name": "cluster-admin"}},
+    "a second container": {"pod_spec_config": {"containers": [{"name": "b", "image": "registry.example.com/b:1"}]}},
+    "other labels": {"pod_template_spec_metadata": {"labels": {"component": "dagster-daemon"}}},
+    "another namespace": {"job_metadata": {"namespace": "kube-system"}},
+    "many pods": {"job_spec_config": {"parallelism": 1000}},
+    "a job of its own": {"job_config": {"metadata": {"namespace": "kube-system"}}},
+}
+"""What the tag `dagster-k8s/config` could ask for."""
+
+
+@pytest.mark.parametrize("wish", OTHER_PODS)
+@pytest.mark.parametrize("merge", ["DEEP", "SHALLOW"])
+def test_a_run_s_tags_get_it_no_other_pod(values: dict[str, Any], wish: str, merge: str) -> None:
+    tags = {"dagster-k8s/config": json.dumps(OTHER_PODS[wish] | {"merge_behavior": merge})}
+    [(part, fields)] = OTHER_PODS[wish].items()
+    [field] = fields
+    with pytest.raises(Exception, match=rf"violated the allowed list: {part}\.{field}"):
+        job_of_a_run(values, tags)
+
+
+def test_without_the_list_of_what_tags_may_change_they_would_get_it(values: dict[str, Any]) -> None:
+    config = values["runLauncher"]["config"]["customRunLauncher"]["config"]
+    del config["only_allow_user_defined_k8s_config_fields"]
+    pod = job_of_a_run(values, {"dagster-k8s/config": json.dumps(OTHER_PODS["another image"])})["spec"]["template"]
+    assert container(pod)["image"] == "registry.example.com/another:1"
 
 
 def test_kubernetes_never_starts_a_run_again_by_itself(values: dict[str, Any]) -> None:
@@ -287,6 +342,99 @@ def test_no_secret_is_in_the_repository() -> None:
         assert set(secret["stringData"].values()) == {"REPLACE"}
         assert "data" not in secret
     assert not re.search(r"password", (FOLDER / "settings.yaml").read_text(), re.IGNORECASE)
+
+
+# The network.
+
+STORAGE, CLICKHOUSE, POSTGRES, KUBERNETES = "192.0.2.10", "192.0.2.20", "192.0.2.30", "192.0.2.50"
+DNS = ("kube-system", {"k8s-app": "kube-dns"})
+PROXY = ("ingress-nginx", {"app.kubernetes.io/name": "ingress-nginx"})
+STRANGER = ("default", {"component": "dagster-daemon"})
+
+Peer = str | tuple[str, dict[str, str]]
+"""An address, or a pod: its namespace and labels."""
+
+
+def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Whether a selector of labels selects these."""
+    assert set(selector) <= {"matchLabels", "matchExpressions"}
+    for key, value in selector.get("matchLabels", {}).items():
+        if labels.get(key) != value:
+            return False
+    for expression in selector.get("matchExpressions", ()):
+        assert expression["operator"] == "In"
+        if labels.get(expression["key"]) not in expression["values"]:
+            return False
+    return True
+
+
+def is_peer(rule: Mapping[str, Any], other: Peer) -> bool:
+    """Whether an entry of `from` or `to` means another one."""
+    if isinstance(other, str):
+        return "ipBlock" in rule and ip_address(other) in ip_network(rule["ipBlock"]["cidr"])
+    namespace, labels = other
+    if "ipBlock" in rule:
+        return False
+    if "namespaceSelector" in rule:
+        in_namespace = selects(rule["namespaceSelector"], {"kubernetes.io/metadata.name": namespace})
+    else:
+        in_namespace = namespace == NAMESPACE
+    return in_namespace and selects(rule.get("podSelector", {}), labels)
+
+
+def permits(direction: str, labels: Mapping[str, str], other: Peer, port: int) -> bool:
+    """Whether the policies let a pod of the namespace connect to another one (Egress), or be connected to (Ingress)."""
+    here = [policy["spec"] for policy in manifests("network.yaml") if selects(policy["spec"]["podSelector"], labels)]
+    assert any(direction in policy["policyTypes"] for policy in here), "a pod that no policy selects may do anything"
+    key, peers = {"Egress": ("egress", "to"), "Ingress": ("ingress", "from")}[direction]
+    return any(
+        any(is_peer(peer, other) for peer in rule[peers]) and any(entry["port"] == port for entry in rule["ports"])
+        for policy in here
+        for rule in policy.get(key, ())
+    )
+
+
+def connects(source: Peer, target: Peer, port: int) -> bool:
+    """Whether a connection is made: both sides must permit it."""
+    return (isinstance(source, str) or source[0] != NAMESPACE or permits("Egress", source[1], target, port)) and (
+        isinstance(target, str) or target[0] != NAMESPACE or permits("Ingress", target[1], source, port)
+    )
+
+
+def test_pods_reach_what_they_need_and_nothing_else(values: dict[str, Any]) -> None:
+    ours: dict[str, Peer] = {name: (NAMESPACE, pod["metadata"]["labels"]) for name, pod in pods(values).items()}
+    targets: list[tuple[str, Peer, int]] = [
+        ("dns", DNS, 53),
+        ("storage", STORAGE, 5432),
+        ("clickhouse", CLICKHOUSE, 8443),
+        ("postgres", POSTGRES, 5432),
+        ("kubernetes", KUBERNETES, 6443),
+        ("code", ours["dagster-user-deployments"], 3030),
+        ("web", ours["dagsterWebserver"], 3000),
+        ("run", ours["runLauncher"], 3030),
+        ("daemon", ours["dagsterDaemon"], 3030),
+        ("elsewhere", "198.51.100.1", 443),
+        ("the cloud's metadata", "169.254.169.254", 80),
+        ("clickhouse's other port", CLICKHOUSE, 9000),
+    ]
+    reached = {
+        name: {target for target, peer, port in targets if connects(pod, peer, port)} for name, pod in ours.items()
+    }
+    assert reached == {
+        "dagsterDaemon": {"dns", "storage", "kubernetes", "code"},
+        "dagsterWebserver": {"dns", "storage", "kubernetes", "code"},
+        "dagster-user-deployments": {"dns", "storage", "clickhouse", "postgres"},
+        "runLauncher": {"dns", "storage", "clickhouse", "postgres"},
+    }
+
+
+def test_only_the_proxy_reaches_the_web_server_from_outside_and_nobody_another_pod(values: dict[str, Any]) -> None:
+    ours: dict[str, Peer] = {name: (NAMESPACE, pod["metadata"]["labels"]) for name, pod in pods(values).items()}
+    for name, pod in ours.items():
+        for port in (3000, 3030, 22):
+            assert connects(PROXY, pod, port) == ((name, port) == ("dagsterWebserver", 3000))
+            assert not connects(STRANGER, pod, port)
+            assert not connects("198.51.100.1", pod, port)
 
 
 # Sizes, addresses, versions.

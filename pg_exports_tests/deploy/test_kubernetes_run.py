@@ -3,6 +3,7 @@
 Node and API are `node`'s; launcher, Job, command, environment and both databases are the real ones.
 """
 
+import json
 import logging
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from pg_exports.sandbox.servers import INSTANCE
 from pg_exports_tests.conftest import Source, Target, partition_key
 from pg_exports_tests.deploy import chart
 from pg_exports_tests.deploy.node import Node, node
-from pg_exports_tests.deploy.test_kubernetes import FOLDER, VERSIONS, changed
+from pg_exports_tests.deploy.test_kubernetes import FOLDER, LAUNCHER, OTHER_PODS, VERSIONS, changed
 from pg_exports_tests.faults import eventually
 from pg_exports_tests.source_rows import event
 
@@ -58,8 +59,8 @@ class Cluster:
     instance: dg.DagsterInstance
     export: Path
 
-    def launch(self, partition: str) -> tuple[dg.DagsterRun, str]:
-        """Launch a run of the export; the run, and its Job's name."""
+    def launch(self, partition: str, **tags: str) -> tuple[dg.DagsterRun, str]:
+        """Launch a run of the export, with further tags; the run, and its Job's name."""
         pointer = CodePointer.from_python_file(str(self.export), "defs", str(self.export.parent))
         job = reconstruct_repository_def_from_pointer(pointer).get_job("events_job")
         origin = RepositoryPythonOrigin(
@@ -69,7 +70,7 @@ class Cluster:
             entry_point=DEFAULT_DAGSTER_ENTRY_POINT,
         )
         run = self.instance.create_run_for_job(
-            job, tags={"dagster/partition": partition}, job_code_origin=JobPythonOrigin("events_job", origin)
+            job, tags={"dagster/partition": partition, **tags}, job_code_origin=JobPythonOrigin("events_job", origin)
         )
         self.instance.run_launcher.launch_run(LaunchRunContext(run, None))
         return run, f"dagster-run-{run.run_id}"
@@ -82,11 +83,12 @@ class Cluster:
 
 
 def of_manifest(name: str, environment: dict[str, str]) -> dict[str, str]:
-    """The data of a ConfigMap or Secret of the repository, with the sandbox's values under its keys."""
+    """The data of a ConfigMap or Secret of the repository, with the sandbox's values where it has some."""
     for file in ("settings.yaml", "secrets.yaml"):
         for manifest in map(safe_load_yaml, (FOLDER / file).read_text().split("\n---\n")):
             if manifest["metadata"]["name"] == name:
-                return {key: environment[key] for key in manifest.get("data", manifest.get("stringData"))}
+                data = manifest.get("data") or manifest["stringData"]
+                return {key: environment.get(key, value) for key, value in data.items()}
     raise AssertionError(name)
 
 
@@ -119,9 +121,8 @@ def values_for(sandbox: Sandbox, running: Node) -> dict[str, Any]:
         "service": {"port": sandbox.postgres.port},
     }
     values["postgresql"] |= storage
-    launcher = "runLauncher/config/k8sRunLauncher"
-    values = changed(values, f"{launcher}/loadInclusterConfig", value=False)
-    return changed(values, f"{launcher}/kubeconfigFile", value=str(running.kubeconfig))
+    values = changed(values, f"{LAUNCHER}/load_incluster_config", value=False)
+    return changed(values, f"{LAUNCHER}/kubeconfig_file", value=str(running.kubeconfig))
 
 
 def test_a_run_in_a_pod_exports_its_interval(cluster: Cluster, source: Source, target: Target, hour: datetime) -> None:
@@ -129,6 +130,8 @@ def test_a_run_in_a_pod_exports_its_interval(cluster: Cluster, source: Source, t
     run, job = cluster.launch(partition_key(hour))
     for version in VERSIONS:
         kubernetes_validate.validate(cluster.node.jobs[job], version, strict=True)
+    labels = cluster.node.jobs[job]["spec"]["template"]["metadata"]["labels"]
+    assert labels["app.kubernetes.io/component"] == "run_worker", "network.yaml selects runs by it"
     # The pod has no token of Kubernetes: a run that asked for the launcher would fail.
     cluster.node.kubeconfig.unlink()
     cluster.node.start(job)
@@ -136,6 +139,13 @@ def test_a_run_in_a_pod_exports_its_interval(cluster: Cluster, source: Source, t
     assert cluster.state(run).status is dg.DagsterRunStatus.SUCCESS, cluster.node.log(job)[-3000:]
     assert cluster.instance.run_launcher.check_run_worker_health(run).status is WorkerStatus.SUCCESS
     assert target.count("events") == ROWS
+
+
+@pytest.mark.parametrize("wish", ["another image", "the node's files", "privileged"])
+def test_of_a_run_whose_tags_ask_for_another_pod_no_job_is_sent(cluster: Cluster, hour: datetime, wish: str) -> None:
+    with pytest.raises(Exception, match="violated the allowed list"):
+        cluster.launch(partition_key(hour), **{"dagster-k8s/config": json.dumps(OTHER_PODS[wish])})
+    assert not cluster.node.jobs
 
 
 def test_a_run_whose_pod_is_killed_fails_and_is_to_be_started_again(
