@@ -23,7 +23,8 @@ from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG
 from dagster_shared.yaml_utils import load_yaml_from_path
 
 from pg_exports.lost_runs import Answers
-from pg_exports.sandbox import Sandbox, postgres_server, servers
+from pg_exports.sandbox import Sandbox, certificates, postgres_server, servers
+from pg_exports.sandbox.certificates import HOST, Certificates
 from pg_exports.sandbox.files import write_private
 from pg_exports.sandbox.postgres_server import PostgresServer
 from pg_exports_tests.cluster import exports
@@ -185,16 +186,22 @@ def _ports_of(group: int) -> set[int]:
 
 @dataclass(frozen=True)
 class Broker:
-    """A redis-server of the cluster's own."""
+    """A redis-server of the cluster's own, which speaks TLS alone."""
 
     folder: Path
     port: int
     password: str
+    authority: Path
 
     @property
     def url(self) -> str:
         """As a secret in the environment has it."""
-        return f"redis://:{self.password}@localhost:{self.port}/0"
+        return self.url_of(HOST, self.authority)
+
+    def url_of(self, host: str, authority: Path) -> str:
+        """The same for whoever calls it by another name, or trusts another authority."""
+        verified = f"ssl_cert_reqs=required&ssl_ca_certs={authority}"
+        return f"rediss://:{self.password}@{host}:{self.port}/0?{verified}"
 
     def waiting(self) -> int:
         """Messages that no worker has taken."""
@@ -204,16 +211,24 @@ class Broker:
 
 
 @contextlib.contextmanager
-def broker(folder: Path, gateway: str | None) -> Iterator[Broker]:
-    """Debian's redis-server with the settings of `deploy/celery`, for as long as the block lasts."""
+def broker(folder: Path, gateway: str | None, issued: Certificates | None = None) -> Iterator[Broker]:
+    """Debian's redis-server with the settings of `deploy/celery`, for as long as the block lasts.
+
+    Args:
+        folder: where its files go.
+        gateway: an address of this machine to listen at, too.
+        issued: its certificate; without, one by an authority of its own.
+    """
     server = shutil.which("redis-server")
     assert server, "There is no redis-server here: `apt-get install redis-server`."
-    running = Broker(folder, free_port(), secrets.token_urlsafe(18))
+    issued = issued or certificates.issue(folder / "tls")
+    running = Broker(folder, free_port(), secrets.token_urlsafe(18), issued.authority)
     data = folder / "redis"
     data.mkdir()
     write_private(
         folder / "redis.conf",
-        f"include {SETTINGS / 'redis.conf'}\nbind 127.0.0.1 {gateway or ''}\nport {running.port}\n"
+        f"include {SETTINGS / 'redis.conf'}\nbind 127.0.0.1 {gateway or ''}\ntls-port {running.port}\n"
+        f"tls-cert-file {issued.certificate}\ntls-key-file {issued.key}\n"
         f"requirepass {running.password}\ndir {data}\n",
     )
     with process_in(folder, "redis", (server, str(folder / "redis.conf")), {}):
@@ -225,6 +240,20 @@ def _pings(running: Broker) -> bool:
     with contextlib.suppress(redis.ConnectionError), redis.Redis.from_url(running.url) as client:
         return bool(client.ping())
     return False
+
+
+@contextlib.contextmanager
+def worker(folder: Path, broker_url: str) -> Iterator[Path]:
+    """A Celery worker without a cluster, for as long as the block lasts. Its log, which ends with `ready.` once it is."""
+    shutil.copy(SETTINGS / "dagster.yaml", folder)
+    variables = {
+        "DAGSTER_HOME": str(folder),
+        BROKER: broker_url,
+        "DAGSTER_POSTGRES_URL": "postgresql://nobody@localhost/none",
+    }
+    command = ("env", f"PYTHONPATH={SETTINGS}", program("celery"), "--app", "dagster_celery.app", "worker", "-c", "1")
+    with process_in(folder, "worker", (*command, *WORKER_OPTIONS), variables):
+        yield folder / "worker.log"
 
 
 @contextlib.contextmanager

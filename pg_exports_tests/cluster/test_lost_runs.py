@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +18,10 @@ from dagster_celery.tags import DAGSTER_CELERY_TASK_ID_TAG
 
 from pg_exports import lost_runs
 from pg_exports.lost_runs import Looks, active_tasks
-from pg_exports_tests.cluster.deployment import BROKER, SETTINGS, WORKER_OPTIONS, Broker, broker
+from pg_exports_tests.cluster import deployment
+from pg_exports_tests.cluster.deployment import BROKER, SETTINGS, Broker, broker
 from pg_exports_tests.faults import eventually
-from pg_exports_tests.ui.deployment import PATIENCE, process_in
+from pg_exports_tests.ui.deployment import PATIENCE
 
 STARTED, STARTING = dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING
 
@@ -69,17 +69,8 @@ def instance(queue: Broker, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
 @pytest.fixture(scope="module")
 def worker(queue: Broker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A worker that has nothing to do."""
-    folder = tmp_path_factory.mktemp("worker")
-    shutil.copy(SETTINGS / "dagster.yaml", folder)
-    variables = {
-        "DAGSTER_HOME": str(folder),
-        BROKER: queue.url,
-        "DAGSTER_POSTGRES_URL": "postgresql://nobody@localhost/none",
-    }
-    celery = Path(sys.executable).parent / "celery"
-    command = ("env", f"PYTHONPATH={SETTINGS}", str(celery), "--app", "dagster_celery.app", "worker", "-c", "1")
-    with process_in(folder, "worker", (*command, *WORKER_OPTIONS), variables):
-        eventually(lambda: "ready." in (folder / "worker.log").read_text(), PATIENCE)
+    with deployment.worker(tmp_path_factory.mktemp("worker"), queue.url) as log:
+        eventually(lambda: "ready." in log.read_text(), PATIENCE)
         yield
 
 

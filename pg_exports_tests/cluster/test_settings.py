@@ -18,7 +18,7 @@ from dagster_shared.yaml_utils import load_yaml_from_path
 from pg_exports_tests.cluster.deployment import BROKER, SETTINGS, WORKER_OPTIONS
 from pg_exports_tests.ui.deployment import REPOSITORY
 
-URL = "redis://:secret@broker.example:6379/0"
+URL = "rediss://:secret@broker.example:6379/0?ssl_cert_reqs=required&ssl_ca_certs=/etc/ssl/certs/ca-certificates.crt"
 
 
 def test_dagster_makes_a_celery_launcher_of_it_with_broker_and_results_in_redis(
