@@ -3,6 +3,7 @@
 The machine on which they start is set up by the commands of docs/set-up.md.
 """
 
+import contextlib
 import re
 import shutil
 import subprocess
@@ -12,10 +13,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
 from pg_exports.sandbox import Sandbox, source_tables
+from pg_exports.sandbox.certificates import HOST
+from pg_exports_tests.cluster.deployment import BROKER, broker
 from pg_exports_tests.conftest import Source, Target, partition_key
 from pg_exports_tests.deploy.machine import UNITS as UNITS_OF_SYSTEMD
 from pg_exports_tests.deploy.machine import Machine, is_possible, machine
@@ -38,6 +42,9 @@ MOST_EXPOSED = 20
 """Of 100, by `systemd-analyze security`. Its own word for up to 20 is OK; a unit without any restriction has 96."""
 
 CODE = "/srv/pg_exports"
+
+AUTHORITY = "/etc/ssl/sandbox.crt"
+"""Where the machine has the certificate of the sandbox's authority."""
 
 ROWS = 100
 
@@ -117,23 +124,78 @@ class Host:
 
 @pytest.fixture(scope="module")
 def host(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    folder = tmp_path_factory.mktemp("machine")
-    over = folder / "over"
+    """A machine that is set up by the second step of docs/set-up.md's section Production."""
+    production = (REPOSITORY / "docs" / "set-up.md").read_text().partition("## Production")[2]
+    [commands] = [block for block in blocks(production) if "useradd" in block]
+    with started(tmp_path_factory.mktemp("machine"), sandbox, commands, "systemd") as running:
+        yield running
+
+
+@pytest.fixture
+def cluster_host(sandbox: Sandbox, tmp_path: Path) -> Iterator[Host]:
+    """A machine that is set up by docs/cluster.md, with daemon, web server and worker; the broker is this one's."""
+    page = (REPOSITORY / "docs" / "cluster.md").read_text()
+    [code] = [block for block in blocks(page) if "useradd" in block]
+    [units] = [block for block in blocks(page) if "pg-exports-worker.service" in block]
+    commands = (
+        f"{code[code.index('useradd') :]}{units}"
+        "cp deploy/celery/pg-exports-daemon.service deploy/celery/pg-exports-webserver.service /etc/systemd/system/\n"
+        "systemctl daemon-reload\n"
+        "deploy/systemd/as-service dagster instance concurrency set postgres 4\n"
+        "systemctl enable --now pg-exports-daemon pg-exports-webserver\n"
+    )
+    with broker(tmp_path, None) as queue:
+        url = queue.url_of(HOST, Path("/etc/ssl/pg_exports/broker-ca.crt"))
+        files = {queue.authority: "/etc/ssl/pg_exports/broker-ca.crt"}
+        with started(tmp_path, sandbox, commands, "celery", {BROKER: f"'{url}'"}, files) as running:
+            yield running
+
+
+def blocks(page: str) -> list[str]:
+    """The commands of a page."""
+    return re.findall(r"```sh\n(.+?)```", page, re.DOTALL)
+
+
+@contextlib.contextmanager
+def started(
+    folder: Path,
+    sandbox: Sandbox,
+    commands: str,
+    units: str,
+    variables: Mapping[str, str] = MappingProxyType({}),
+    files: Mapping[Path, str] = MappingProxyType({}),
+) -> Iterator[Host]:
+    """A machine on which the services run.
+
+    Args:
+        folder: where its files are prepared.
+        sandbox: its servers.
+        commands: what sets it up, in the repository's folder.
+        units: the folder of `deploy` that its units come from.
+        variables: further ones than the sandbox's.
+        files: further ones of this machine, and where it has them.
+    """
     web = Deployment(folder, free_port())
     source = Source(sandbox, f"test_{uuid.uuid4().hex[:12]}")
     source_tables.create_tables(sandbox.execute, source.database)
+    authority = sandbox.certificates.authority
+    there = {name: value.replace(str(authority), AUTHORITY) for name, value in sandbox.environment().items()}
     lay(
-        over, sandbox.environment() | {"CLICKHOUSE_DATABASE": source.database}, sandbox.certificates.authority, web.port
+        folder / "over",
+        # Python's library is looked for in the folder for which it was built, and that may be a home.
+        there | {"CLICKHOUSE_DATABASE": source.database, "LD_LIBRARY_PATH": "/opt/python/lib", **variables},
+        {authority: AUTHORITY, **files},
     )
-    with machine(folder, over, {Path(sys.base_prefix): "/opt/python", packages(): "/opt/packages"}) as running:
+    serve_at(web.port, folder / "over", units)
+    mounts = {Path(sys.base_prefix): "/opt/python", packages(): "/opt/packages"}
+    with machine(folder, folder / "over", mounts) as running:
         try:
-            set_up(running)
+            running.shell(f"cd {CODE}\nexport EDITOR='cp /variables'\n{commands}")
             eventually(lambda: answers_queries(web), PATIENCE)
             eventually(lambda: has_healthy_daemons(web), PATIENCE)
             yield Host(running, web, source)
         except AssertionError:
-            for unit in ("pg-exports-daemon", "pg-exports-webserver"):
-                sys.stderr.write(running.log(unit))
+            sys.stderr.write(running.log("pg-exports-*"))
             raise
     sandbox.execute(f"DROP DATABASE {source.database} SYNC")
 
@@ -142,23 +204,26 @@ def packages() -> Path:
     return Path(pytest.__file__).parent.parent
 
 
-def lay(over: Path, environment: Mapping[str, str], authority: Path, port: int) -> None:
-    """What the machine has before its set-up: the repository with its `.venv`, and the variables that are to be typed in."""
+def lay(over: Path, variables: Mapping[str, str], files: Mapping[Path, str]) -> None:
+    """What the machine has before its set-up: the repository with its `.venv`, variables that are to be typed in, files."""
     code = over / CODE[1:]
     code.mkdir(parents=True)
     copy_repository(code)
     lay_environment(code / ".venv")
-    (over / "etc" / "ssl").mkdir(parents=True)
-    shutil.copy(authority, over / "etc" / "ssl" / "sandbox.crt")
-    variables = {name: value.replace(str(authority), "/etc/ssl/sandbox.crt") for name, value in environment.items()}
-    # Python's library is looked for in the folder for which it was built, and that may be a home.
-    variables["LD_LIBRARY_PATH"] = "/opt/python/lib"
+    for source, place in files.items():
+        target = over / place[1:]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, target)
     (over / "variables").write_text("".join(f"{name}={value}\n" for name, value in variables.items()))
-    own = over / "etc" / "systemd" / "system" / "pg-exports-webserver.service.d"
-    own.mkdir(parents=True)
-    # This machine's network is the other one's, too, and someone else may have the port.
-    command = re.findall(r"ExecStart=(.+)", (REPOSITORY / "deploy/systemd/pg-exports-webserver.service").read_text())[0]
-    (own / "port.conf").write_text(f"[Service]\nExecStart=\nExecStart={command.replace('3000', str(port))}\n")
+
+
+def serve_at(port: int, over: Path, units: str) -> None:
+    """Have the web server listen at another port: this machine's network is the other one's, and 3000 may be taken."""
+    unit = (REPOSITORY / "deploy" / units / "pg-exports-webserver.service").read_text()
+    [command] = re.findall(r"ExecStart=(.+)", unit)
+    own = over / "etc" / "systemd" / "system" / "pg-exports-webserver.service.d" / "port.conf"
+    own.parent.mkdir(parents=True)
+    own.write_text(f"[Service]\nExecStart=\nExecStart={command.replace('3000', str(port))}\n")
 
 
 def lay_environment(folder: Path) -> None:
@@ -173,13 +238,6 @@ def lay_environment(folder: Path) -> None:
         _, body = Path(sys.executable).with_name(name).read_text().split("\n", 1)
         (folder / "bin" / name).write_text(f"#!{CODE}/.venv/bin/python\n{body}")
         (folder / "bin" / name).chmod(0o755)
-
-
-def set_up(running: Machine) -> None:
-    """The commands of docs/set-up.md, the second step of its section Production."""
-    production = (REPOSITORY / "docs" / "set-up.md").read_text().partition("## Production")[2]
-    [commands] = [block for block in re.findall(r"```sh\n(.+?)```", production, re.DOTALL) if "useradd" in block]
-    running.shell(f"cd {CODE}\nexport EDITOR='cp /variables'\n{commands}")
 
 
 PROBE = """
@@ -235,6 +293,20 @@ def test_the_services_start_as_that_user_and_run_an_export(host: Host, public: N
     host.web.wait(host.web.backfill("events", [partition_key(hour)]))
     assert Target(host.source.sandbox, "public").count("events") == ROWS
     assert host.machine.shell("ls /var/lib/pg_exports").split() == ["dagster.yaml", "storage"]
+
+
+@pytest.mark.slow
+@needs_namespaces
+def test_a_worker_runs_an_export_for_them(cluster_host: Host, public: None, hour: datetime) -> None:
+    machine, web = cluster_host.machine, cluster_host.web
+    cluster_host.source.insert("events", *(event(hour) for _ in range(ROWS)))
+    web.wait(web.backfill("events", [partition_key(hour)]))
+    assert Target(cluster_host.source.sandbox, "public").count("events") == ROWS
+    assert "RUN_SUCCESS" in machine.log("pg-exports-worker")
+    app = ("celery", "--app", "dagster_celery.app", "--workdir", "deploy/celery")
+    active = cluster_host.as_service(*app, "inspect", "active")
+    assert "1 node online" in active.stdout, active.stdout + active.stderr
+    assert machine.shell("ls /var/lib/pg_exports").split() == ["dagster.yaml", "storage"]
 
 
 @pytest.mark.slow
