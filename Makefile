@@ -13,7 +13,7 @@ BIN := .venv/bin
 # Installing what is missing takes root; elsewhere sudo asks for it.
 APT := $(if $(filter 0,$(shell id -u)),,sudo )env DEBIAN_FRONTEND=noninteractive apt-get
 
-.PHONY: help demo dev check verify backfill test pythons soak bench cluster lint hashes screenshots docs clean sandbox postgresql pgbouncer chromium redis
+.PHONY: help demo dev check verify backfill test pythons soak bench cluster lint audit hashes screenshots docs clean sandbox postgresql pgbouncer chromium redis
 
 help: ## What there is to make
 	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 13
@@ -68,6 +68,10 @@ lint: .venv/installed ## Format, lint, types, definitions
 	@$(BIN)/mypy --no-error-summary
 	@folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 		DAGSTER_HOME="$$folder" PG_EXPORTS_TEAM_ID=1 $(BIN)/dg check defs >"$$folder/log" 2>&1 || { cat "$$folder/log"; exit 1; }
+
+# A look at the history takes a minute, and at vulnerabilities the network: `make test` has the former alone, with ALL=1.
+audit: .venv/cluster-installed ## Secrets in files and history, known vulnerabilities of what is installed (OSV=https://...)
+	@$(BIN)/python -m pg_exports_tests.audit $(if $(OSV),--osv-url $(OSV))
 
 # With the build backend, so that the project itself is installed without fetching anything (docs/set-up.md).
 hashes: .venv/hashes-installed ## deploy/requirements.txt, written anew: what production installs, with sha256 hashes
@@ -126,12 +130,12 @@ chromium:
 
 .venv/bench-installed: .venv/cluster-installed
 	@echo "Installing what is compared into .venv ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,celery,kubernetes,deploy,bench]' --constraint deploy/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,celery,kubernetes,deploy,audit,bench]' --constraint deploy/constraints.txt
 	@touch $@
 
 .venv/cluster-installed: .venv/installed
 	@echo "Installing what deployments on many hosts have into .venv ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,celery,kubernetes,deploy]' --constraint deploy/constraints.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[sandbox,dev,celery,kubernetes,deploy,audit]' --constraint deploy/constraints.txt
 	@touch $@
 
 .venv/hashes-installed: .venv/installed
