@@ -89,6 +89,10 @@ def test_nothing_is_fetched_but_packages_whose_hashes_are_known() -> None:
     assert "--no-deps --no-index --no-build-isolation" in of_the_project
 
 
+def test_nobody_is_told_of_what_runs_in_it() -> None:
+    assert "DAGSTER_DISABLE_TELEMETRY=1" in " ".join(arguments("ENV")).split()
+
+
 def test_no_secret_is_built_in() -> None:
     named = " ".join(arguments("ENV") + arguments("ARG"))
     assert not re.search(r"PASSWORD|SECRET|TOKEN|KEY|CLICKHOUSE_|POSTGRES_", named, re.IGNORECASE)

@@ -285,6 +285,16 @@ def test_the_service_s_user_can_change_no_code_and_read_no_secret_s_file(host: H
 
 @pytest.mark.slow
 @needs_namespaces
+def test_other_commands_run_as_the_services_do_and_their_exit_status_is_given(host: Host) -> None:
+    assert "All definitions loaded successfully" in host.as_service("dg", "check", "defs").stdout
+    said = host.as_service(
+        "python", "-c", "import os; print(os.environ['DAGSTER_DISABLE_TELEMETRY']); raise SystemExit(3)"
+    )
+    assert (said.returncode, said.stdout) == (3, "1\n")
+
+
+@pytest.mark.slow
+@needs_namespaces
 def test_the_services_start_as_that_user_and_run_an_export(host: Host, public: None, hour: datetime) -> None:
     processes = [line.split() for line in host.machine.run("ps", "-eo", "user:20,args").stdout.splitlines()]
     assert {user for user, program, *_ in processes if program.startswith(CODE)} == {"dagster"}
