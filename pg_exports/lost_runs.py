@@ -85,7 +85,7 @@ def lost_runs(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     if not isinstance(launcher, CeleryRunLauncher):
         raise dg.DagsterInvariantViolationError(
             f"This instance launches runs by {type(launcher).__name__}, not by Celery's workers. "
-            "Set DAGSTER_HOME to deploy/celery, or take pg_exports.lost_runs out of workspace.yaml."
+            "DAGSTER_HOME needs the dagster.yaml of deploy/celery; otherwise take pg_exports.lost_runs out of workspace.yaml."
         )
     looks = _looks(context.cursor)
     # The runs first: one that begins or ends meanwhile is not among them, or not missed a second time.

@@ -197,7 +197,7 @@ def test_each_interval_is_one_transaction_from_its_locks_to_its_ledger(
         text = log.read()
     assert "transaction in progress" not in text
     locked = "pg_advisory_xact_lock(hashtext($1), number::int)"
-    writing = [part.split(": COMMIT")[0] for part in text.split(": BEGIN ISOLATION") if locked in part]
+    writing = [part.split(": COMMIT")[0] for part in text.split("BEGIN ISOLATION") if locked in part]
     assert len(writing) == 4
     for part in writing:
         ledger = part.index(f'INSERT INTO "{target.schema}"."pg_exports_ledger"')
