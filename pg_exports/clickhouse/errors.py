@@ -48,6 +48,9 @@ PASSING_CODES = frozenset(
 CANCELLED = 394
 """QUERY_WAS_CANCELLED."""
 
+THROWN = 395
+"""FUNCTION_THROW_IF_VALUE_IS_NON_ZERO."""
+
 _TRACE = "The query is in system.query_log, with the run's id in its log_comment."
 
 _VALUE = (
@@ -90,7 +93,7 @@ _REMEDIES = {
     "one may be behind says `max_replica_delay_for_distributed_queries` in the connection's `settings`.",
     394: "The query was cancelled in ClickHouse, as by an administrator's KILL QUERY: it is not started again by itself. When "
     "it may run, run the interval again.",
-    395: _VALUE,
+    THROWN: _VALUE,
     427: "A pattern in the export's `filters` is no regular expression (RE2's syntax).",
     452: "A constraint of the user's profile forbids a setting that every query carries (docs/clickhouse.md lists them). An "
     "administrator of ClickHouse can allow it: take the setting named above out of the CONSTRAINTS of the profile, or give it "
@@ -246,7 +249,9 @@ _OF_A_VALUE = re.compile(r"(DB::Exception: )(?!Received from)(.*)(?=: while exec
 
 
 def _quotes_a_row(text: str, code: int | None) -> bool:
-    return code not in PASSING_CODES and not _OF_A_KEY.search(text) and bool(_OF_A_VALUE.search(text))
+    # The words of throwIf are a constant of the query.
+    is_constant = code in PASSING_CODES or code == THROWN or _OF_A_KEY.search(text)
+    return not is_constant and bool(_OF_A_VALUE.search(text))
 
 
 def _own_words(text: str, code: int | None) -> str:
