@@ -35,13 +35,12 @@ def take(session: Session, name: str, numbers: tuple[int, int] | None = None, *,
     Raises:
         PassingError: somebody else holds one for longer than `LOCK_TIMEOUT`; the error says who.
     """
-    session.execute("SAVEPOINT pg_exports_lock", doing="setting a savepoint")
     try:
         session.execute(_TAKE_NUMBERS if numbers else _TAKE, name, *(numbers or ()), doing=doing, patience=LOCK_TIMEOUT)
     except LockedError as error:
-        session.execute("ROLLBACK TO SAVEPOINT pg_exports_lock", doing="going back to a savepoint")
+        # Postgres answers no question in a transaction that failed.
+        session.roll_back()
         raise PassingError(f"{error}\n{_holders(session, name, numbers)}") from None
-    session.execute("RELEASE SAVEPOINT pg_exports_lock", doing="releasing a savepoint")
 
 
 def _holders(session: Session, name: str, numbers: tuple[int, int] | None) -> str:

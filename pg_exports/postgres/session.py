@@ -190,9 +190,21 @@ class Session:
                 raise DestinationError(_REPLICA)
             yield
             self.execute("COMMIT", doing="committing", of_rows=True)
+            self._transaction, self._is_in_transaction = None, False
         except BaseException:
-            self._roll_back()
+            self.roll_back()
             raise
+
+    def roll_back(self) -> None:
+        """End the transaction now, before its block does, as whose error it will end. What is asked meanwhile gets one of its
+        own.
+        """
+        if not self._is_in_transaction:
+            return
+        try:
+            self.execute("ROLLBACK", doing="rolling back")
+        except Exception:  # noqa: BLE001 - the error that led here is the one to raise
+            self.lost = self._transaction
         finally:
             self._transaction, self._is_in_transaction = None, False
 
@@ -267,12 +279,6 @@ class Session:
                 while not running.done():
                     self.cancel()
                     wait([running], timeout=1)
-
-    def _roll_back(self) -> None:
-        try:
-            self.execute("ROLLBACK", doing="rolling back")
-        except Exception:  # noqa: BLE001 - the error that led here is the one to raise
-            self.lost = self._transaction
 
 
 def _bound(parameters: Sequence[object]) -> list[object] | None:
