@@ -19,7 +19,7 @@ import dagster as dg
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.errors import ExportError, PassingError, printable
 from pg_exports.models import Model, Query, Selection
-from pg_exports.postgres import PostgresResource, journal, ledger, own_tables, registry, rejected, schemas
+from pg_exports.postgres import PostgresResource, own_tables, schemas
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import Destination
@@ -327,19 +327,27 @@ class _Destination:
         session, destination = self._session, self._destination
         with session.transaction():
             if not tables.exists(session, destination):
+                schemas.check_name_is_free(session, destination.schema, destination.table)
                 yield "passed", f"{destination.qualified} is not there yet: the first run creates it."
                 return
             table = tables.inspect(session, destination, self._model)
             [(needless,)] = session.rows(_NEEDLESS, table.oid, doing="reading privileges")
-            stranger = schemas.stranger(session, destination.schema, table.oid)
+            strangers = schemas.strangers(session, destination.schema, table.oid)
+            trappers = ", ".join(schemas.may_make_triggers(session, destination.schema, table.oid))
         key = f" Its rows are merged by ({', '.join(self._model.key)})." if self._model.merge else ""
         yield (
             "passed",
             f"{destination.qualified} is there, and can hold {self._model.name}: {len(table.pairs)} of the "
             f"{len(self._model.columns)} columns that can be filled.{key}",
         )
-        if stranger:
-            yield "warning", f"{destination.qualified} belongs to {stranger}, {schemas.WHAT_A_STRANGER_CAN_DO}"
+        for stranger in strangers:
+            yield "warning", stranger
+        if trappers:
+            yield (
+                "warning",
+                f"{trappers} may make triggers on {destination.qualified}, which would run as {self._role}. Run as its owner: "
+                f"REVOKE TRIGGER ON {destination.qualified} FROM {trappers};",
+            )
         if needless:
             yield (
                 "warning",
@@ -364,10 +372,12 @@ class _Destination:
         """Whether the ledger and what goes with it can be written, or made."""
         session, schema = self._session, self._destination.schema
         with session.transaction():
-            for name in (ledger.TABLE, journal.TABLE, rejected.TABLE, registry.TABLE):
-                if own_tables.there(session, schema, [name]):
+            there = own_tables.there(session, schema)
+            for name in own_tables.NAMES:
+                if name in there:
                     yield "passed", f"{quoted(schema, name)} is there, and the role may write it."
                 else:
+                    schemas.check_name_is_free(session, schema, name)
                     yield "passed", f"{quoted(schema, name)} is not there yet: the first run creates it."
 
     def disk(self) -> Iterator[Said]:

@@ -476,6 +476,24 @@ def test_a_table_of_a_stranger_is_a_warning_that_names_him_in_the_check_and_in_t
     assert any(said in line for line in done.log)
 
 
+def test_who_may_make_triggers_and_whose_triggers_there_are_is_a_warning(
+    check: Check, target: Target, run: RunExport, hour: datetime, neighbour: str
+) -> None:
+    table = f'"{target.schema}"."events"'
+    assert run(export_of("events", target, hour), partition_key(hour)).error is None
+    target.execute(f"GRANT TRIGGER ON events TO {neighbour}")
+    assert f"REVOKE TRIGGER ON {table} FROM {neighbour};" in saying(check(), "warning", "Table")
+    target.execute(
+        "CREATE FUNCTION watch() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN new; END $$",
+        f"ALTER FUNCTION watch() OWNER TO {neighbour}",
+        "CREATE TRIGGER watch AFTER INSERT ON events FOR EACH ROW EXECUTE FUNCTION watch()",
+        f"REVOKE TRIGGER ON events FROM {neighbour}",
+    )
+    said = f'The trigger "watch" on {table} calls a function of {neighbour}, who is neither'
+    assert any(step.text.startswith(said) for step in check() if step.status == "warning")
+    assert any(said in line for line in run(export_of("events", target, hour), partition_key(hour)).log)
+
+
 def test_others_who_may_create_in_the_schema_are_a_warning(check: Check, target: Target, neighbour: str) -> None:
     schema = target.schema
     target.execute(f"GRANT CREATE ON SCHEMA {schema} TO {neighbour}")

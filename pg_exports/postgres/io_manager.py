@@ -111,9 +111,9 @@ class PostgresIOManager(FixedAtLaunch, dg.ConfigurableIOManager):
                 rejected.ensure(session, destination.schema)
                 registry.ensure(session, destination.schema)
                 registry.recognise(session, table, export.team_id)
-                stranger = schemas.stranger(session, destination.schema, table.oid)
-            if stranger:
-                context.log.warning(f"{table.qualified} belongs to {stranger}, {schemas.WHAT_A_STRANGER_CAN_DO}")
+                strangers = schemas.strangers(session, destination.schema, table.oid)
+            for stranger in strangers:
+                context.log.warning(stranger)
             todo, together, is_first, superseded = export.intervals, 1, True, 0
             while todo:
                 some = _together(todo, together, progress.alone)

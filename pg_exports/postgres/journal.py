@@ -23,7 +23,7 @@ from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 
-TABLE = "pg_exports_keys"
+TABLE = own_tables.JOURNAL
 
 PIECE = 65_536
 """Keys in one row of the table."""

@@ -17,7 +17,7 @@ from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 
-TABLE = "pg_exports_ledger"
+TABLE = own_tables.LEDGER
 
 UNKNOWN = -1
 """Stands for the number of an interval's keys in the journals where not all of them are there."""
@@ -261,11 +261,8 @@ def past(
 
 
 def exists(session: Session, schema: str) -> bool:
-    """Whether the schema has a ledger."""
-    [(found,)] = session.rows(
-        "SELECT to_regclass($1) IS NOT NULL", quoted(schema, TABLE), doing="looking up the ledger"
-    )
-    return bool(found)
+    """Whether the schema has a ledger. Raises as `own_tables.there`."""
+    return TABLE in own_tables.there(session, schema)
 
 
 Bounds = tuple[datetime, datetime]

@@ -2,7 +2,7 @@
 as the export's role in them.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from pg_exports.errors import DestinationError
 from pg_exports.postgres import schemas
@@ -10,31 +10,62 @@ from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.schemas import TRUSTED
 from pg_exports.postgres.session import LOCK_TIMEOUT, Session
 
-# A trigger depends on its function, and on the functions and operators of its WHEN; Postgres's own are in no pg_depend.
+LEDGER = "pg_exports_ledger"
+JOURNAL = "pg_exports_keys"
+REJECTED = "pg_exports_rejected"
+REGISTRY = "pg_exports_tables"
+
+NAMES = (LEDGER, JOURNAL, REJECTED, REGISTRY)
+
+# What would run as the export's role where it writes or reads a table, or make the rows others than it has written. Tables of
+# ours have none of it. Triggers of those who are trusted are left: who watches changes by them has a function of his own. A
+# condition and arguments may be anybody's who was granted TRIGGER, whatever they call.
+_TRAPS = """
+    SELECT t.tgrelid AS relation, format('trigger %I', t.tgname) AS trap, format('DROP TRIGGER %I ON ', t.tgname) AS remedy
+    FROM pg_trigger AS t
+    JOIN pg_proc AS p ON p.oid = t.tgfoid
+    WHERE NOT t.tgisinternal
+        AND (t.tgqual IS NOT NULL OR t.tgnargs > 0 OR p.proowner NOT IN (SELECT oid FROM trusted))
+    UNION ALL
+    SELECT r.ev_class, format('rule %I', r.rulename), format('DROP RULE %I ON ', r.rulename)
+    FROM pg_rewrite AS r
+    UNION ALL
+    SELECT k.conrelid, format('constraint %I', k.conname), NULL
+    FROM pg_constraint AS k
+    WHERE k.contype = 'c'
+    UNION ALL
+    SELECT d.adrelid, format('default of the column %I', a.attname), NULL
+    FROM pg_attrdef AS d
+    JOIN pg_attribute AS a ON a.attrelid = d.adrelid AND a.attnum = d.adnum
+    UNION ALL
+    SELECT i.indrelid, format('index %s', i.indexrelid::regclass), NULL
+    FROM pg_index AS i
+    JOIN pg_depend AS d ON d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid AND d.refclassid = 'pg_proc'::regclass
+    JOIN pg_proc AS p ON p.oid = d.refobjid
+    WHERE p.proowner NOT IN (SELECT oid FROM trusted)
+    UNION ALL
+    SELECT a.attrelid, format('type of the column %I', a.attname), NULL
+    FROM pg_attribute AS a
+    JOIN pg_type AS t ON t.oid = a.atttypid
+    WHERE t.typowner NOT IN (SELECT oid FROM trusted)
+    UNION ALL
+    SELECT h.inhparent, format('child %s', h.inhrelid::regclass), NULL
+    FROM pg_inherits AS h
+"""
+
 _LOOK = f"""
-WITH
-    {TRUSTED},
-    of_strangers AS (
-        SELECT 'pg_proc'::regclass::oid AS class, oid FROM pg_proc WHERE proowner NOT IN (SELECT oid FROM trusted)
-        UNION ALL
-        SELECT 'pg_operator'::regclass::oid, oid FROM pg_operator WHERE oprowner NOT IN (SELECT oid FROM trusted)
-        UNION ALL
-        SELECT 'pg_type'::regclass::oid, oid FROM pg_type WHERE typowner NOT IN (SELECT oid FROM trusted)
-    )
+WITH {TRUSTED}
 SELECT c.relname::text, current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
     AND has_table_privilege(c.oid, 'UPDATE'),
     row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE'), c.relpersistence = 'u',
-    c.relkind = 'r' AND NOT c.relispartition,
+    c.relkind = 'r' AND NOT c.relispartition AND NOT EXISTS (SELECT FROM pg_inherits AS h WHERE h.inhrelid = c.oid),
     CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN pg_get_userbyid(c.relowner)::text END,
-    (
-        SELECT min(t.tgname::text)
-        FROM pg_trigger AS t
-        JOIN pg_depend AS d ON d.classid = 'pg_trigger'::regclass AND d.objid = t.oid
-        WHERE t.tgrelid = c.oid AND NOT t.tgisinternal AND (d.refclassid, d.refobjid) IN (SELECT class, oid FROM of_strangers)
-    ),
-    (SELECT min(r.rulename::text) FROM pg_rewrite AS r WHERE r.ev_class = c.oid AND c.relkind = 'r')
+    traps.trap, traps.remedy
 FROM pg_class AS c
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
+LEFT JOIN LATERAL (
+    SELECT trap, remedy FROM ({_TRAPS}) AS traps WHERE relation = c.oid ORDER BY remedy NULLS LAST, trap LIMIT 1
+) AS traps ON true
 WHERE n.nspname = $1 AND c.relname = ANY ($2::text[])
 """
 
@@ -45,18 +76,19 @@ def ensure(session: Session, schema: str, name: str, create: str) -> None:
     Raises:
         DestinationError: the role may not create it; or as `there`.
     """
-    if there(session, schema, [name]):
+    if name in there(session, schema):
         return
     table = quoted(schema, name)
     schemas.check_may_create(session, schema, f"the table {table}")
+    schemas.check_name_is_free(session, schema, name)
     with session.transaction():
         schemas.wait_to_create(session, table)
         # Somebody may have made it meanwhile.
-        if not there(session, schema, [name]):
+        if name not in there(session, schema):
             session.execute(create, doing=f"creating {table}")
 
 
-def hold(session: Session, schema: str, names: Collection[str]) -> None:
+def hold(session: Session, schema: str) -> None:
     """Keep everybody from changing the tables themselves until the transaction ends, and look at them once more.
 
     Raises:
@@ -64,28 +96,28 @@ def hold(session: Session, schema: str, names: Collection[str]) -> None:
         PassingError: somebody is changing one, for longer than `LOCK_TIMEOUT`.
     """
     session.execute(
-        f"LOCK TABLE {', '.join(quoted(schema, name) for name in names)} IN ROW EXCLUSIVE MODE",
-        doing=f"waiting for the tables {', '.join(names)}",
+        f"LOCK TABLE {', '.join(quoted(schema, name) for name in NAMES)} IN ROW EXCLUSIVE MODE",
+        doing=f"waiting for the tables {', '.join(NAMES)}",
         patience=LOCK_TIMEOUT,
     )
-    there(session, schema, names)
+    there(session, schema)
 
 
-def there(session: Session, schema: str, names: Collection[str]) -> set[str]:
-    """Which of the tables are there.
+def there(session: Session, schema: str) -> set[str]:
+    """Which of `NAMES` are there. To be asked before the first of them is read in a transaction.
 
     Raises:
         DestinationError: one is, and the role may not write all of it, a crash would empty it, or somebody else made it who
             could read it, and have code run as this role; with the statement that mends it.
     """
-    rows = session.rows(_LOOK, schema, list(names), doing=f"looking up {', '.join(names)}")
+    rows = session.rows(_LOOK, schema, list(NAMES), doing=f"looking up {', '.join(NAMES)}")
     for name, *found in rows:
         _check(quoted(schema, str(name)), found)
     return {str(name) for name, *_ in rows}
 
 
 def _check(table: str, found: Sequence[object]) -> None:
-    role, may_write, has_row_security, is_owner, is_unlogged, is_plain, stranger, trigger, rule = found
+    role, may_write, has_row_security, is_owner, is_unlogged, is_plain, stranger, trap, remedy = found
     if not is_plain:
         raise DestinationError(
             f"{table} is no plain table, as pg_exports makes it. Drop it, or set the export's `schema`."
@@ -93,18 +125,14 @@ def _check(table: str, found: Sequence[object]) -> None:
     if stranger is not None:
         raise DestinationError(
             f"{table} belongs to {stranger}, who is neither {role} nor the schema's owner: whoever owns it can read what is "
-            f"written there, and have code run as {role}. If it is yours, run as a superuser: ALTER TABLE {table} OWNER TO "
-            f"{quoted(str(role))}; otherwise set the export's `schema` to one in which nobody else may create."
+            f"written there, and have code run as {role}. If exports made it as {stranger}, run as a superuser: ALTER TABLE "
+            f"{table} OWNER TO {quoted(str(role))}; otherwise drop it, or set the export's `schema` to one in which nobody "
+            "else may create."
         )
-    if trigger is not None:
+    if trap is not None:
         raise DestinationError(
-            f"The trigger {trigger} on {table} calls a function that belongs to neither {role} nor the schema's owner, and "
-            f"would run as {role}. Run as the table's owner: DROP TRIGGER {quoted(str(trigger))} ON {table};"
-        )
-    if rule is not None:
-        raise DestinationError(
-            f"The rule {rule} on {table} changes what is written there. Run as the table's owner: DROP RULE "
-            f"{quoted(str(rule))} ON {table};"
+            f"The {trap} of {table} is not pg_exports' own: what it calls would run as {role}, or rows be others than were "
+            f"written. {f'Run as the owner: {remedy}{table};' if remedy else 'As the owner, take it off the table.'}"
         )
     if not may_write:
         raise DestinationError(

@@ -25,7 +25,7 @@ from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.session import MERGE_TIMEOUT, Session
 from pg_exports.postgres.table import NO_FILE, DestinationTable, LedgerIdentity
 
-TABLE = "pg_exports_tables"
+TABLE = own_tables.REGISTRY
 
 SAMPLES = 40
 """How many keys of rows that were exported last the registry keeps of a table."""
@@ -228,6 +228,8 @@ def recognise(session: Session, table: DestinationTable, team_id: int) -> Destin
 def _register(session: Session, table: DestinationTable, team_id: int) -> Record:
     """The record of a table that is new, has changed, or takes the rows of one more team."""
     schemas.wait_to_create(session, f"the registry's entry of {table.qualified}")
+    # Somebody may have changed it meanwhile.
+    own_tables.hold(session, table.destination.schema)
     _lock(session, table)
     records = _records(session, table)
     record = _matching(records, table) or _found(session, table, records) or _new(session, table, records)
@@ -243,7 +245,7 @@ def _register(session: Session, table: DestinationTable, team_id: int) -> Record
 
 def look_up(session: Session, table: DestinationTable) -> DestinationTable | None:
     """The table with its numbers in the ledger; None if no run has registered it as it is now. Nothing is written."""
-    if not own_tables.there(session, table.destination.schema, [TABLE]):
+    if TABLE not in own_tables.there(session, table.destination.schema):
         return table
     records = _records(session, table)
     record = _matching(records, table)
@@ -257,7 +259,7 @@ def presume(session: Session, table: DestinationTable) -> DestinationTable | Non
     it. For what a mistake costs only a run.
     """
     known = look_up(session, table)
-    if (known and known.in_ledger) or not own_tables.there(session, table.destination.schema, [TABLE]):
+    if (known and known.in_ledger) or TABLE not in own_tables.there(session, table.destination.schema):
         return known
     candidate = _candidate(_records(session, table), table)
     if candidate is None:

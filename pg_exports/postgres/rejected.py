@@ -19,7 +19,7 @@ from pg_exports.postgres.journal import NOTHING, among
 from pg_exports.postgres.session import Session
 from pg_exports.postgres.table import DestinationTable
 
-TABLE = "pg_exports_rejected"
+TABLE = own_tables.REJECTED
 
 BATCH_ROWS, BATCH_BYTES = 1_000, 16 * 1024 * 1024
 """What one statement takes: rows, and bytes of rows unless a single one has more."""
@@ -205,7 +205,7 @@ def unresolved(session: Session, table: DestinationTable, exports: Mapping[Inter
     """How many rows of each interval the export that wrote it has set aside that were not resolved; none if the schema has
     no such table.
     """
-    if not own_tables.there(session, table.destination.schema, [TABLE]):
+    if TABLE not in own_tables.there(session, table.destination.schema):
         return {}
     rows = session.rows(
         _UNRESOLVED_COUNTS.format(rejected=quoted(table.destination.schema, TABLE)),

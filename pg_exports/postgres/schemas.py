@@ -55,6 +55,29 @@ def check_may_create(session: Session, schema: str, what: str) -> None:
         )
 
 
+def check_name_is_free(session: Session, schema: str, name: str) -> None:
+    """Make sure that no type has the name of a table that is to be made: a table makes a type of its own name.
+
+    Raises:
+        DestinationError: one has it; with whose it is.
+    """
+    owners = session.rows(_TYPE, schema, name, doing="looking for a type of the table's name")
+    if owners:
+        raise DestinationError(
+            f"A type of {one_line(str(owners[0][0]))} has the name {quoted(schema, name)}, so that no table can. Run as its "
+            f"owner: DROP TYPE {quoted(schema, name)}; or set the export's `table` or `schema`."
+        )
+
+
+# Not a table's own, nor an array's, which makes room.
+_TYPE = """
+SELECT pg_get_userbyid(t.typowner)::text
+FROM pg_type AS t
+JOIN pg_namespace AS n ON n.oid = t.typnamespace
+WHERE n.nspname = $1 AND t.typname = $2 AND t.typrelid = 0 AND t.typcategory <> 'A'
+"""
+
+
 def wait_to_create(session: Session, what: str) -> None:
     """Until the transaction ends, be the only run that creates tables."""
     advisory_locks.take(session, CREATION_LOCK, doing=f"waiting for another run before creating {what}")
@@ -74,25 +97,71 @@ trusted AS (
 """
 """The roles that may own a table or a function that runs as the export's role, of the schema $1."""
 
-WHAT_A_STRANGER_CAN_DO = (
-    "who is neither the export's role nor the schema's owner: he can read what is written there, and have code run as that "
-    "role by triggers. If he should not, set the export's `table` to a name that is free, and its `schema` to one in which "
-    "nobody else may create."
-)
-
-_STRANGER = f"""
-WITH {TRUSTED}
-SELECT pg_get_userbyid(relowner)::text FROM pg_class
-WHERE oid = $2::bigint::oid AND relowner NOT IN (SELECT oid FROM trusted)
+# Of a table and of its partitions and children: whom they belong to, and whose functions their triggers call.
+_STRANGERS = f"""
+WITH RECURSIVE
+    {TRUSTED},
+    relations AS (
+        SELECT $2::bigint::oid AS oid
+        UNION
+        SELECT i.inhrelid FROM relations AS r JOIN pg_inherits AS i ON i.inhparent = r.oid
+    )
+SELECT n.nspname::text, c.relname::text, pg_get_userbyid(c.relowner)::text, NULL
+FROM relations AS r
+JOIN pg_class AS c ON c.oid = r.oid
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE c.relowner NOT IN (SELECT oid FROM trusted)
+UNION
+SELECT n.nspname::text, c.relname::text, pg_get_userbyid(p.proowner)::text, t.tgname::text
+FROM relations AS r
+JOIN pg_class AS c ON c.oid = r.oid
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+JOIN pg_trigger AS t ON t.tgrelid = r.oid AND NOT t.tgisinternal AND t.tgenabled <> 'D'
+JOIN pg_proc AS p ON p.oid = t.tgfoid
+WHERE p.proowner NOT IN (SELECT oid FROM trusted)
+ORDER BY 1, 2, 3, 4
+LIMIT 20
 """
 
 
-def stranger(session: Session, schema: str, oid: int) -> str | None:
-    """Whom a table belongs to, if that is neither this role nor the schema's owner or a superuser: he can read what is written
-    there, and have code run as this role.
+def strangers(session: Session, schema: str, oid: int) -> list[str]:
+    """Who can read what a role writes into a table, or have code run as that role there, beside itself, the schema's owner and
+    superusers: owners of the table and of its partitions and children, and of what their triggers call. A sentence each.
     """
-    rows = session.rows(_STRANGER, schema, oid, doing="reading the table's owner")
-    return one_line(str(rows[0][0])) if rows else None
+    return [
+        one_line(_stranger(quoted(str(of), str(table)), str(who), None if trigger is None else quoted(str(trigger))))
+        for of, table, who, trigger in session.rows(
+            _STRANGERS, schema, oid, doing="reading the table's owner and triggers"
+        )
+    ]
+
+
+def _stranger(table: str, who: str, trigger: str | None) -> str:
+    is_stranger = f"{who}, who is neither the export's role nor the schema's owner:"
+    if trigger:
+        return (
+            f"The trigger {trigger} on {table} calls a function of {is_stranger} it runs as the export's role. If it should "
+            f"not, run as the table's owner: DROP TRIGGER {trigger} ON {table};"
+        )
+    return (
+        f"{table} belongs to {is_stranger} he can read what is written there, and have code run as the export's role by "
+        "triggers. If he should not, set the export's `table` to a name that is free, and its `schema` to one in which nobody "
+        "else may create."
+    )
+
+
+_MAY_TRAP = f"""
+WITH {TRUSTED}
+SELECT CASE WHEN grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)::text) END
+FROM pg_class, aclexplode(relacl)
+WHERE oid = $2::bigint::oid AND privilege_type = 'TRIGGER' AND grantee NOT IN (SELECT oid FROM trusted)
+ORDER BY 1
+"""
+
+
+def may_make_triggers(session: Session, schema: str, oid: int) -> list[str]:
+    """Which roles may make triggers on a table, of those that `strangers` would name."""
+    return [one_line(str(name)) for (name,) in session.rows(_MAY_TRAP, schema, oid, doing="reading privileges")]
 
 
 # Who acts as somebody that is trusted is, too.

@@ -1,7 +1,7 @@
 """The destination table: made where it is missing, and matched column by column where it is there. Never altered."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pg_exports.errors import DestinationError, SettingsError
@@ -187,12 +187,8 @@ def inspect(session: Session, destination: Destination, model: Model) -> Destina
     relation = _relation(session, destination)
     if relation is None:
         raise DestinationError(f"Table {destination.qualified} is gone: it was dropped a moment ago.")
-    if relation.kind not in ("r", "p"):
-        raise DestinationError(
-            f"{destination.qualified} is no table (relkind {relation.kind}). Set the export's `table` to a table, or "
-            "to a name that is free."
-        )
-    _check_privileges(session, destination, model, relation.oid)
+    _check_kind(destination, relation)
+    _check_privileges(session, destination, ["INSERT", "SELECT", *(["UPDATE"] if model.merge else [])], relation.oid)
     _check_storage(destination, relation)
     columns = _columns(session, relation.oid)
     pairs = _matched(session, destination, model, columns)
@@ -233,10 +229,16 @@ def lock(session: Session, destination: Destination, *, wait: bool = True) -> No
 
 
 def column_types(session: Session, destination: Destination) -> dict[str, str]:
-    """The base type of each of the table's columns, by name, in the table's order. A missing table is an error."""
+    """The base type of each of the table's columns, by name, in the table's order.
+
+    Raises:
+        DestinationError: there is no table, or what is there is none, or hides rows from the role.
+    """
     relation = _relation(session, destination)
     if relation is None:
         raise DestinationError(f"Table {destination.qualified} does not exist (yet): materialise the export first.")
+    _check_kind(destination, relation)
+    _check_privileges(session, destination, ["SELECT"], relation.oid)
     return {column.name: column.type for column in _columns(session, relation.oid)}
 
 
@@ -348,6 +350,7 @@ def _relation(session: Session, destination: Destination) -> _Relation | None:
 
 def _create(session: Session, destination: Destination, model: Model, *, key_index: bool) -> None:
     schemas.check_may_create(session, destination.schema, f"the table {destination.qualified}")
+    schemas.check_name_is_free(session, destination.schema, destination.table)
     with session.transaction():
         schemas.wait_to_create(session, destination.qualified)
         if _relation(session, destination) is None:
@@ -377,8 +380,16 @@ def _check_storage(destination: Destination, relation: _Relation) -> None:
         raise DestinationError(f"{name} is a temporary table. Set the export's `table` to one that stays.")
 
 
-def _check_privileges(session: Session, destination: Destination, model: Model, oid: int) -> None:
-    needed = ["INSERT", "SELECT", *(["UPDATE"] if model.merge else [])]
+def _check_kind(destination: Destination, relation: _Relation) -> None:
+    """A view, or what else has a name of that kind, would run its owner's code as this role."""
+    if relation.kind not in ("r", "p"):
+        raise DestinationError(
+            f"{destination.qualified} is no table (relkind {relation.kind}). Set the export's `table` to a table, or "
+            "to a name that is free."
+        )
+
+
+def _check_privileges(session: Session, destination: Destination, needed: Sequence[str], oid: int) -> None:
     [(role, *held, has_row_security, is_owner)] = session.rows(
         "SELECT current_user::text, "
         + ", ".join(f"has_table_privilege(c.oid, '{privilege}')" for privilege in needed)

@@ -80,7 +80,7 @@ def write(
     with session.transaction():
         free = locks.lock(session, destination, intervals, whole_table=export.deduplicate == "table")
         tables.lock(session, destination)
-        own_tables.hold(session, destination.schema, (ledger.TABLE, journal.TABLE, rejected.TABLE, registry.TABLE))
+        own_tables.hold(session, destination.schema)
         model = export.source.model
         table = registry.recognise(session, tables.inspect(session, destination, model), export.team_id)
         if may_go_straight_in(export, table):
