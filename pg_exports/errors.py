@@ -26,8 +26,10 @@ LONGEST = 8_000
 """Characters of an error: Dagster keeps it, and a server's text may have any number."""
 
 
-def _shortened(text: str) -> str:
-    """A printable text whose middle is left out where it is too long: what an error is about stands at its ends."""
+def shortened(text: str) -> str:
+    """A printable text whose middle is left out where it is too long: what an error is about stands at its ends. To be asked
+    before a pattern looks at a server's text, too: some take long for long ones.
+    """
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]} ... ({len(text) - LONGEST} characters are left out) ... {text[-half:]}"
@@ -38,7 +40,7 @@ class ExportError(dg.Failure):
     """Something is wrong that another try will not mend; the message says what to change. Not retried."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(description=_shortened(message), allow_retries=False)
+        super().__init__(description=shortened(message), allow_retries=False)
 
     def __str__(self) -> str:
         return self.description or ""
@@ -60,7 +62,7 @@ class PassingError(dg.Failure):
     """Something that may be over at the next try: a lost connection, a server that restarts, a lock that is held."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(description=_shortened(message), allow_retries=True)
+        super().__init__(description=shortened(message), allow_retries=True)
 
     def __str__(self) -> str:
         return self.description or ""

@@ -68,6 +68,24 @@ REFUSALS: Mapping[str, tuple[str, str]] = {
         trigger("RAISE '% is not wanted', NEW.customer USING ERRCODE = 'unique_violation'"),
         "SQLSTATE 23505",
     ),
+    "a check that asks for a database's rights": (
+        "ALTER TABLE {} ADD CHECK (id <> 7 OR has_database_privilege(customer, 'CONNECT'))",
+        "SQLSTATE 3D000",
+    ),
+    "a trigger that gives names": (
+        trigger(
+            "RAISE 'x' USING ERRCODE = '23505', CONSTRAINT = NEW.customer, COLUMN = NEW.customer, TABLE = NEW.customer,"
+            " SCHEMA = NEW.customer"
+        ),
+        "SQLSTATE 23505",
+    ),
+    "a trigger that quotes what looks like a function's line": (
+        trigger(
+            "EXECUTE 'SELECT 1 / 0 AS \"' || E'\\nPL/pgSQL function ' || NEW.customer || E' line 1 at x\\nPL/pgSQL function '"
+            " || NEW.customer || E' line 1 at x\\n\"'"
+        ),
+        "division by zero",
+    ),
     "a trigger that casts": (trigger("NEW.id := NEW.customer::int"), "SQLSTATE 22P02"),
     "a trigger whose statement fails": (
         trigger("EXECUTE format('SELECT 1 / 0 AS %I', NEW.customer)"),

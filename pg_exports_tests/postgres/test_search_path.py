@@ -131,3 +131,22 @@ def test_a_trigger_that_names_a_table_without_its_schema_is_told_how_to_find_it(
     target.execute(f"ALTER FUNCTION note() SET search_path = {target.schema}, pg_temp")
     assert run(export, partition_key(hour)).error is None
     assert target.count("events") == target.count("seen") == 1
+
+
+def test_a_constraint_whose_function_names_another_without_its_schema_is_told_how_to_find_it(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).error is None
+    schema = target.schema
+    target.execute(
+        f"SET search_path = {schema}",
+        "CREATE FUNCTION is_known(text) RETURNS boolean LANGUAGE sql STABLE AS $$ SELECT $1 <> '' $$",
+        "CREATE FUNCTION is_good(text) RETURNS boolean LANGUAGE sql STABLE AS $$ SELECT is_known($1) $$",
+        "ALTER TABLE events ADD CHECK (is_good(event))",
+    )
+    source.insert("events", event(hour))
+    error = str(run(export, partition_key(hour)).error)
+    assert "a function or an operator is not found (SQLSTATE 42883); SQL function" in error
+    assert "ALTER FUNCTION ... SET search_path" in error
+    assert target.count("events") == 0
