@@ -289,7 +289,7 @@ class Load:
         # Its own thread may be about to close it. What led here is the error to raise.
         with contextlib.suppress(Exception):
             self._answer.close()
-        self.session.cancel()
+        self.session.give_up()
 
     def _until_stopped(self, frames: Iterator[pl.DataFrame]) -> Iterator[pl.DataFrame]:
         for frame in frames:

@@ -130,8 +130,8 @@ def is_in_a_function(error: dbapi.Error) -> bool:
 
 
 def _functions(error: dbapi.Error) -> list[str]:
-    """The lines of the context that have the names of functions, the innermost first: those before the first and after the last
-    line that may quote something, in which others might look like them.
+    """The lines of the context that have the names of functions, the innermost first: those before the first and after the
+    last line that may quote something, in which others might look like them.
     """
     lines = fields(error).get("PG_DIAG_CONTEXT", "").split("\n")
     if not re.search("[\"']|" + _FUNCTION.pattern, lines[-1]):

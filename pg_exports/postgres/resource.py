@@ -6,19 +6,23 @@ import os
 import re
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 
 import dagster as dg
 from adbc_driver_postgresql import dbapi
 from pydantic import ConfigDict, Field
 
 from pg_exports.at_launch import FixedAtLaunch
-from pg_exports.errors import SettingsError
+from pg_exports.errors import PassingError, SettingsError
 from pg_exports.postgres import errors, login, tls
 from pg_exports.postgres.session import ServerTransaction, Session
 from pg_exports.postgres.watchdog import Watchdog, new_connection, open_sockets
 
 CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made, TLS and password included."""
+
+HASHING_SECONDS = 15
+"""Seconds for the hashing of a password beyond that: of 4,096 rounds, Postgres's own number, some ten thousand times over."""
 
 READ_TIMEOUT = 300
 """Seconds without an answer after which a connection counts as frozen, where the resource does not say."""
@@ -136,7 +140,7 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
                     tls.libpq_settings(self.verify_server_identity, self.root_certificate) as encryption,
                     watchdog.limit(CONNECT_TIMEOUT + self.read_timeout),
                 ):
-                    connection = self._connect(database, encryption)
+                    connection = self._connect_in_time(database, encryption)
                 watchdog.keep(new_connection(before, self.port))
             except BaseException:
                 watchdog.close()
@@ -197,6 +201,30 @@ class PostgresResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignore[
                 raise SettingsError(
                     f"`{setting}` (POSTGRES_{setting.upper()}) holds a NUL, which Postgres cannot have."
                 )
+
+    def _connect_in_time(self, database: str, encryption: dict[str, str]) -> dbapi.Connection:
+        """As `_connect`, on a thread that is left alone if it takes too long: at a login libpq hashes the password as often as
+        the server says, and nothing ends that.
+        """
+        made: Future[dbapi.Connection] = Future()
+
+        def connect() -> None:
+            try:
+                made.set_result(self._connect(database, encryption))
+            except BaseException as error:  # noqa: BLE001 - for the thread that waits
+                made.set_exception(error)
+
+        threading.Thread(target=connect, name="pg_exports login", daemon=True).start()
+        try:
+            return made.result(CONNECT_TIMEOUT + self.read_timeout + HASHING_SECONDS)
+        except TimeoutError:
+            raise PassingError(
+                f"The login to Postgres at {self.host}:{self.port} does not end: the server has the password hashed far more "
+                "often than Postgres does. Is `host` (POSTGRES_HOST) the server that you mean?"
+            ) from None
+        finally:
+            if not made.done():
+                made.add_done_callback(lambda late: late.exception() or late.result().close())
 
     def _connect(self, database: str, encryption: dict[str, str]) -> dbapi.Connection:
         settings: dict[str, object] = {

@@ -221,10 +221,15 @@ class Session:
 
         return self._bounded(send)
 
-    def cancel(self) -> None:
-        """From another thread: end the statement that is running, if one is, with an error."""
-        with contextlib.suppress(dbapi.Error):
-            self._connection.adbc_cancel()
+    def give_up(self) -> None:
+        """From another thread, too: hang up, so that the statement that is running ends with an error.
+
+        The protocol's request to cancel it is the last resort: the driver sends that in clear text, with the secret by which
+        others could cancel statements, too.
+        """
+        if not self._watchdog.hang_up():
+            with contextlib.suppress(dbapi.Error):
+                self._connection.adbc_cancel()
 
     def explain(self, error: dbapi.Error, doing: str, *, of_rows: bool = False) -> NoReturn:
         """Raise the error that a user sees for one of the driver's.
@@ -269,7 +274,7 @@ class Session:
         """What a driver's call gives, within the time it may take, and the bytes that the answer may have.
 
         On a thread of its own: on the main one ADBC takes SIGINT for itself, and a run that Dagster tells to end would not
-        hear of it. Here it does at once; the statement is cancelled then.
+        hear of it. Here it does at once; the connection is given up then, and the server told to end its transaction (`lost`).
         """
         with self._watchdog.limit(self._read_timeout + patience, answer_bytes):
             running = self._driver.submit(call)
@@ -277,7 +282,7 @@ class Session:
                 return running.result()
             finally:
                 while not running.done():
-                    self.cancel()
+                    self.give_up()
                     wait([running], timeout=1)
 
 

@@ -60,6 +60,13 @@ class Watchdog:
         finally:
             self._deadline = None
 
+    def hang_up(self) -> bool:
+        """End the connection, whatever it waits for. Whether it is known, so that this could be done."""
+        if self._socket:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        return self._socket is not None
+
     def close(self) -> None:
         """Watch no longer, and let go of the socket."""
         self._over.set()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from pg_exports.sandbox.certificates import Certificates
 
-_SSL_REQUEST = struct.pack("!II", 8, 80_877_103)
+SSL_REQUEST = struct.pack("!II", 8, 80_877_103)
 _CHUNK = 64 * 1024
 
 CLEARTEXT = struct.pack("!cII", b"R", 8, 3)
@@ -20,6 +20,16 @@ CLEARTEXT = struct.pack("!cII", b"R", 8, 3)
 
 MD5 = struct.pack("!cII4s", b"R", 12, 5, b"salt")
 """AuthenticationMD5Password."""
+
+SCRAM = struct.pack("!cII", b"R", 8 + 15, 10) + b"SCRAM-SHA-256\0\0"
+"""AuthenticationSASL, without a mechanism that is bound to the connection."""
+
+
+def challenge(first: bytes, rounds: int) -> bytes:
+    """AuthenticationSASLContinue, to a client's first message: the password is to be hashed so often."""
+    text = b"r=%bx,s=c2FsdHNhbHRzYWx0c2E=,i=%d" % (first.split(b"r=")[1], rounds)
+    return struct.pack("!cII", b"R", 8 + len(text), 11) + text
+
 
 NOTICE = struct.pack("!cI", b"N", 4 + 3 + 1000 + 1) + b"SX\0" + b"M" + b"x" * 998 + b"\0" + b"\0"
 """NoticeResponse, of a thousand characters."""
@@ -38,11 +48,18 @@ class HostileServer:
     """
 
     def __init__(
-        self, certificates: Certificates, asks_for: bytes, upstream: int | None = None, *, floods: bool = False
+        self,
+        certificates: Certificates,
+        asks_for: bytes,
+        upstream: int | None = None,
+        *,
+        floods: bool = False,
+        rounds: int | None = None,
     ) -> None:
         """`asks_for`: what is answered to a login. `upstream`: the port of the real server, to be in between. `floods`: send
-        notices without an end after that.
+        notices without an end after that. `rounds`: of the password's hash, after `SCRAM`.
         """
+        self._rounds = rounds
         self._floods = floods
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificates.certificate, certificates.key)
@@ -71,7 +88,7 @@ class HostileServer:
     def _serve(self, client: socket.socket) -> None:
         # ValueError: the test has closed it.
         with contextlib.suppress(OSError, ValueError):
-            client.recv(len(_SSL_REQUEST), socket.MSG_WAITALL)
+            client.recv(len(SSL_REQUEST), socket.MSG_WAITALL)
             client.sendall(b"S")
             encrypted = self._context.wrap_socket(client, server_side=True)
             self._sockets.append(encrypted)
@@ -83,12 +100,15 @@ class HostileServer:
                     encrypted.sendall(NOTICE * 1000)
                 while received := encrypted.recv(_CHUNK):
                     self.heard += received
+                    if self._rounds:
+                        encrypted.sendall(challenge(received, self._rounds))
+                        self._rounds = None
             else:
                 self._relay(encrypted, startup, self._upstream)
 
     def _relay(self, client: ssl.SSLSocket, startup: bytes, upstream: int) -> None:
         plain = socket.create_connection(("127.0.0.1", upstream))
-        plain.sendall(_SSL_REQUEST)
+        plain.sendall(SSL_REQUEST)
         plain.recv(1)
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -110,10 +130,15 @@ class HostileServer:
 
 @contextlib.contextmanager
 def hostile_server(
-    certificates: Certificates, asks_for: bytes = b"", *, upstream: int | None = None, floods: bool = False
+    certificates: Certificates,
+    asks_for: bytes = b"",
+    *,
+    upstream: int | None = None,
+    floods: bool = False,
+    rounds: int | None = None,
 ) -> Iterator[HostileServer]:
     """Such a server for as long as the block lasts."""
-    server = HostileServer(certificates, asks_for, upstream, floods=floods)
+    server = HostileServer(certificates, asks_for, upstream, floods=floods, rounds=rounds)
     try:
         yield server
     finally:

@@ -55,6 +55,8 @@ class TcpProxy:
         self._actions: dict[str, _Action] = {}
         self.connections_made = 0
         """Connections that clients have made so far."""
+        self.first_words: list[bytes] = []
+        """The first eight bytes of each."""
         self.port = 0
         """Where clients connect."""
         self.accept()
@@ -147,6 +149,8 @@ class TcpProxy:
         answers.start()
         with contextlib.suppress(OSError):
             while data := connection.client.recv(CHUNK):
+                if not connection.sent:
+                    self.first_words.append(data[:8])
                 connection.sent += len(data)
                 self._act("sent", connection.sent)
                 connection.flows.wait()

@@ -1,19 +1,23 @@
 """What a server hears at a login that has not proved that it may hear it, and how a login of another kind is allowed."""
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
 from pg_exports import PostgresResource
-from pg_exports.errors import DestinationError, SettingsError
-from pg_exports.postgres import tls
+from pg_exports.errors import DestinationError, PassingError, SettingsError
+from pg_exports.postgres import resource, tls
 from pg_exports.sandbox import Sandbox, certificates, postgres_server
 from pg_exports.sandbox.certificates import Certificates
 from pg_exports.sandbox.postgres_server import PostgresServer
+from pg_exports.sandbox.servers import DATABASE
 from pg_exports_tests.conftest import Target
-from pg_exports_tests.postgres.hostile_server import CLEARTEXT, MD5, NOTHING, hostile_server
+from pg_exports_tests.postgres.hostile_server import CLEARTEXT, MD5, NOTHING, SCRAM, SSL_REQUEST, hostile_server
+from pg_exports_tests.postgres.tcp_proxy import tcp_proxy
 
 PASSWORD = "only-for-this-server"
 
@@ -119,3 +123,29 @@ def test_the_log_says_what_settings_do_not_protect_from(
     said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert len(said) == (warning is not None)
     assert all(str(warning) in text for text in said)
+
+
+def test_a_server_that_has_the_password_hashed_without_an_end_is_given_up(
+    sandbox: Sandbox, connection: Callable[..., PostgresResource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for bound in ("CONNECT_TIMEOUT", "HASHING_SECONDS"):
+        monkeypatch.setattr(resource, bound, 2)
+    with hostile_server(sandbox.certificates, SCRAM, rounds=10_000_000) as server:
+        began = time.monotonic()
+        with pytest.raises(PassingError, match="does not end: the server has the password hashed"):
+            connect(connection(port=server.port, read_timeout=1))
+        assert time.monotonic() - began < 8
+        assert server.heard
+
+
+def test_all_that_is_said_to_postgres_is_encrypted_also_where_a_statement_is_given_up(
+    sandbox: Sandbox, connection: Callable[..., PostgresResource]
+) -> None:
+    with tcp_proxy(sandbox.postgres.port) as proxy:
+        with connection(port=proxy.port).session() as session:
+            threading.Timer(0.5, session.give_up).start()
+            with pytest.raises(PassingError):
+                session.execute("SELECT pg_sleep(61)", doing="waiting")
+        assert proxy.connections_made > 1
+        assert set(proxy.first_words) == {SSL_REQUEST}
+    assert sandbox.postgres.rows("SELECT FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(61)'", DATABASE) == []
