@@ -27,10 +27,11 @@ def server_context(certificates: Certificates) -> ssl.SSLContext:
 
 @dataclass
 class WebhookReceiver:
-    """What a webhook was sent, and how it answers."""
+    """What a webhook was sent, and how it answers: with HTTP 400 to a text that has `refuses` in it."""
 
     url: str
     status: int = 200
+    refuses: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
     content_types: list[str | None] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -57,8 +58,9 @@ def webhook_receiver(path: str, certificates: Certificates | None = None) -> Ite
         def do_POST(self) -> None:
             receiver.paths.append(self.path)
             receiver.content_types.append(self.headers["Content-Type"])
-            receiver.bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(receiver.status)
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            receiver.bodies.append(body)
+            self.send_response(400 if receiver.refuses and receiver.refuses in body["text"] else receiver.status)
             for name, value in receiver.headers.items():
                 self.send_header(name, value)
             self.end_headers()

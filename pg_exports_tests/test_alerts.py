@@ -597,6 +597,20 @@ def test_a_channel_that_fails_is_asked_once_a_tick_and_gets_all_alerts_when_it_i
     assert webhook.taken() == ["a", "b", "c"]
 
 
+def test_an_alert_that_the_receiver_refuses_for_its_words_does_not_keep_others_from_it(
+    webhook: WebhookReceiver,
+) -> None:
+    unsent = [
+        component.Unsent(alert=channels.Alert(title=title, text="", link=""), channels=["webhook"]) for title in "abc"
+    ]
+    webhook.refuses = "a"
+    sent, left, [problem] = component._send(unsent, {"webhook": hook(webhook.url)})
+    assert sent == 2
+    assert [item.alert.title for item in left] == ["a"]
+    assert "answers HTTP 400" in problem
+    assert webhook.taken() == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize("smtp_type", ["SSL", "STARTTLS"])
 def test_a_mail_goes_over_verified_tls_with_the_exports_name_in_its_subject(
     sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, smtp_type: Literal["SSL", "STARTTLS"]

@@ -25,6 +25,14 @@ TIMEOUT = 10
 """Seconds to wait for a connection, and for each answer. Dagster ends a sensor's tick after 60."""
 
 
+_OF_THE_ALERT = (400, 413, 422)
+"""Bad Request, Content Too Large, Unprocessable Content (RFC 9110): another alert may be taken."""
+
+
+class RefusedAlertError(PassingError):
+    """A receiver does not take this alert, whose words or length it does not like. It may take others."""
+
+
 class Alert(BaseModel):
     """What is said of one export.
 
@@ -60,6 +68,7 @@ class Webhook(BaseModel):
 
         Raises:
             PassingError: the receiver does not answer, or not with a status from 200 to 299.
+            RefusedAlertError: it answers that this alert is not what it takes.
         """
         text = _escaped("\n".join(part for part in (alert.title, alert.text, alert.link) if part))
         try:
@@ -74,7 +83,8 @@ class Webhook(BaseModel):
                 "address that the redirect leads to."
             )
         if not 200 <= status < 300:
-            raise PassingError(
+            kind = RefusedAlertError if status in _OF_THE_ALERT else PassingError
+            raise kind(
                 f"The alerts' `webhook` answers HTTP {status}. From 400 to 499 its address is wrong or no longer valid; "
                 "else the receiver has a fault."
             )

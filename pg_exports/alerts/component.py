@@ -12,7 +12,7 @@ import dagster as dg
 from pydantic import BaseModel, Field, SecretStr, field_validator, model_validator
 
 from pg_exports.alerts import watch
-from pg_exports.alerts.channels import Alert, Channel, Email, Webhook
+from pg_exports.alerts.channels import Alert, Channel, Email, RefusedAlertError, Webhook
 from pg_exports.component import SettingsComponent, as_written, read_part
 from pg_exports.errors import PassingError, SettingsError
 
@@ -204,20 +204,25 @@ class ExportAlerts(SettingsComponent):
 def _send(unsent: list[Unsent], channels: Mapping[str, Channel]) -> tuple[int, list[Unsent], list[str]]:
     """How many alerts were sent (counted for each channel), those that are left, and what went wrong.
 
-    A channel that fails is left alone until the next tick: its timeouts would add up.
+    A channel that fails is left alone until the next tick: its timeouts would add up. One that refuses an alert for the
+    alert's own sake is sent the others.
     """
     sent, left, problems = 0, [], {}
+    failing: set[str] = set()
     for item in unsent:
         remaining = []
         # A channel that was taken out of the settings is owed nothing.
         for name in (name for name in item.channels if name in channels):
             try:
-                if name not in problems:
+                if name not in failing:
                     channels[name].send(item.alert)
                     sent += 1
                     continue
+            except RefusedAlertError as error:
+                problems[name] = str(error)
             except PassingError as error:
                 problems[name] = str(error)
+                failing.add(name)
             remaining.append(name)
         if remaining:
             left.append(Unsent(alert=item.alert, channels=remaining))

@@ -116,7 +116,7 @@ def failure_alert(instance: dg.DagsterInstance, export: Export, run_id: str, web
         return None
     intervals = _intervals(run.tags)
     return Alert(
-        title=f"Export {export.name} failed" + (f": {intervals}" if intervals else ""),
+        title=_shortened(f"Export {export.name} failed" + (f": {intervals}" if intervals else "")),
         text=_shortened(_error(instance, run_id, export.step)),
         link=f"{webserver_url}/runs/{run_id}" if webserver_url else f"Run {run_id}",
     )
