@@ -1,5 +1,6 @@
 """What a row holds is in Postgres alone: whatever refuses it, no log, event, check or error of Dagster quotes it."""
 
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
@@ -149,5 +150,26 @@ def test_a_value_that_a_query_cannot_convert_is_quoted_in_clickhouse_alone(
     assert "a value that the function cannot take: while executing 'FUNCTION" in str(done.error)
     assert "`exception` of system.query_log" in str(done.error)
     assert SECRET not in told(done)
+    for name in re.findall(r"\w+", expression)[:1]:
+        assert name in str(done.error)
     orders.execute("SYSTEM FLUSH LOGS")
     assert orders.rows(f"SELECT count() > 0 FROM system.query_log WHERE exception LIKE '%{SECRET}%'") == [(True,)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("customer", "toString(toInt32(assumeNotNull((SELECT any(customer) FROM orders)))) AS customer"),
+        ("customer", "toString(now() > (SELECT any(customer) FROM orders)) AS customer"),
+        ("customer", "toString(updated_at > (SELECT any(customer) FROM orders)) AS customer"),
+        ("customer", "toString(generateUUIDv4() = (SELECT any(customer) FROM orders)) AS customer"),
+        ("FROM orders", "FROM (SELECT * FROM orders LIMIT (SELECT any(customer) FROM orders))"),
+    ],
+)
+def test_a_value_that_a_query_takes_for_a_constant_is_quoted_in_clickhouse_alone(
+    before: str, after: str, orders: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    orders.insert("orders", order(hour, 7, customer=SECRET))
+    done = run(own(target, hour, ORDERS | {"query": ORDERS["query"].replace(before, after, 1)}), partition_key(hour))
+    assert "`exception` of system.query_log" in str(done.error)
+    assert SECRET not in told(done)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from clickhouse_connect.driver.exceptions import Error, ProgrammingError
 
 from pg_exports.errors import PassingError, SourceError
+from pg_exports.models import Query
 from pg_exports.models.columns import TOLD_APART
 
 # From ClickHouse's ErrorCodes.cpp: those that a later try may not meet.
@@ -154,7 +155,11 @@ _BY_A_SHARD = {60, 81, 192, 193, 194, 497, 516}
 
 
 def explained(
-    error: Error, address: str, changed: Mapping[str, str] | None = None, own: Mapping[str, object] | None = None
+    error: Error,
+    address: str,
+    changed: Mapping[str, str] | None = None,
+    own: Mapping[str, object] | None = None,
+    query: Query | None = None,
 ) -> SourceError | PassingError:
     """The error to raise for one of clickhouse-connect: with an address, ClickHouse's own words and a remedy.
 
@@ -163,13 +168,14 @@ def explained(
         address: of the server.
         changed: the settings of the user's profile, which may be the cause.
         own: those of the connection, likewise.
+        query: what was asked. What it does not say itself is not quoted in an error that may be about a row.
     """
     text = str(error)
     if error.code is None and isinstance(error, ProgrammingError):
         return SourceError(f"The query for ClickHouse at {address} cannot be sent: {text}")
     if error.code is None:
         return _no_answer(text, address)
-    return refused(text, error.code, address, changed, own)
+    return refused(text, error.code, address, changed, own, query)
 
 
 def refused(
@@ -178,10 +184,12 @@ def refused(
     address: str,
     changed: Mapping[str, str] | None = None,
     own: Mapping[str, object] | None = None,
+    query: Query | None = None,
 ) -> SourceError | PassingError:
     """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream. See `explained`."""
-    lines = [f"ClickHouse at {address} answered with an error: {_own_words(text, code)}", _remedy(text, code or 0)]
-    if _quotes_a_row(text, code):
+    words, quotes_a_row = _own_words(text, code, query)
+    lines = [f"ClickHouse at {address} answered with an error: {words}", _remedy(text, code or 0)]
+    if quotes_a_row:
         lines.append("The value is quoted in ClickHouse alone: column `exception` of system.query_log.")
     if code in PASSING_CODES:
         return PassingError("\n".join(filter(None, lines)))
@@ -244,27 +252,43 @@ _OF_A_KEY = re.compile(
 )
 
 
-# A function that meets a value which it cannot take quotes it, whatever the error's code.
-_OF_A_VALUE = re.compile(r"(DB::Exception: )(?!Received from)(.*)(?=: while executing 'FUNCTION )", re.DOTALL)
+# A function that meets a value which it cannot take quotes it, whatever the error's code; then come its name and arguments,
+# which may be constants that were read from a table.
+_OF_A_VALUE = re.compile(
+    r"(DB::Exception: )(?!Received from).*(: while executing 'FUNCTION )(\w*)([^\n]*')(?=[^']*\Z)", re.DOTALL
+)
+
+_QUOTES_NO_ROW = (
+    PASSING_CODES
+    | _NOT_BY_A_PROFILE
+    # What is written in the query: a syntax, a function, a column; throwIf's words are a constant of it.
+    | {46, 47, 62, THROWN}
+)
+
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 
 
-def _quotes_a_row(text: str, code: int | None) -> bool:
-    # The words of throwIf are a constant of the query.
-    is_constant = code in PASSING_CODES or code == THROWN or _OF_A_KEY.search(text)
-    return not is_constant and bool(_OF_A_VALUE.search(text))
-
-
-def _own_words(text: str, code: int | None) -> str:
-    """ClickHouse's exception without what clickhouse-connect puts around it, and without the value that a function cannot
-    take.
+def _own_words(text: str, code: int | None, query: Query | None) -> tuple[str, bool]:
+    """ClickHouse's exception without what clickhouse-connect puts around it, and without what it quotes of a row; and whether
+    it did.
     """
-    if _quotes_a_row(text, code):
-        text = _OF_A_VALUE.sub(r"\1a value that the function cannot take", text)
     found = re.search(r"Code: \d+\. DB::.*", text, re.DOTALL)
     own = re.sub(r"\s*\(for url [^)]*\)\s*\Z", "", found.group() if found else text)
-    own = _OF_A_KEY.sub(r"\1 ", own)
     # The query that it repeats may have two thousand characters.
-    return re.sub(r" In scope .*(?=\. \([A-Z_]+\))", "", own, flags=re.DOTALL).strip()
+    short = re.sub(r" In scope .*(?=\. \([A-Z_]+\))", "", _OF_A_KEY.sub(r"\1 ", own), flags=re.DOTALL).strip()
+    if code in _QUOTES_NO_ROW or _OF_A_KEY.search(own):
+        return short, False
+    of_a_value = _OF_A_VALUE.search(short)
+    if of_a_value:
+        arguments = of_a_value[4] if "'" not in of_a_value[4][:-1] else "(...)'"
+        said = f"{of_a_value[1]}a value that the function cannot take{of_a_value[2]}{of_a_value[3]}{arguments}"
+        return short[: of_a_value.start()] + said + short[of_a_value.end() :], True
+    asked = " ".join([query.sql, *map(str, query.parameters.values())]) if query else ""
+    if short.count("'") % 2 == 0 and all(quoted in asked for quoted in _QUOTED.findall(short)):
+        return short, False
+    # From the first quote to the last: a value may have quotes in it.
+    first, last = short.index("'"), short.rindex("'")
+    return f"{short[:first]}'...'{short[last + 1 :]}", True
 
 
 def _no_answer(text: str, address: str) -> SourceError | PassingError:

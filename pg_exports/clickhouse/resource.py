@@ -101,7 +101,7 @@ class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignor
         ]
         query = query.without([column.name_in_answer for column in needless])
         with contextlib.ExitStack() as opened:
-            with self._explained():
+            with self._explained(query):
                 client = opened.enter_context(contextlib.closing(self._client()))
                 sent = self._with_settings(client, query, log_comment)
                 answer = client.raw_stream(
@@ -110,7 +110,7 @@ class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignor
             body = Body(cast("Answer", answer))
             opened.callback(body.close)
             needed = [column for column in model.columns if column not in needless]
-            yield self._frames(body, model, needed)
+            yield self._frames(body, query, model, needed)
 
     def rows(
         self,
@@ -130,7 +130,7 @@ class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignor
 
         Raises: as `frames`.
         """
-        with self._explained(), contextlib.closing(self._client()) as client:
+        with self._explained(query), contextlib.closing(self._client()) as client:
             sent = self._with_settings(client, query, log_comment, settings)
             answer = client.query(sent.sql, dict(sent.parameters), settings=_named(query_id))
             return [tuple(row) for row in answer.result_rows]
@@ -248,22 +248,22 @@ class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignor
                     "ClickHouse's settings, and a number, true or false, or a text that is not empty."
                 )
 
-    def _frames(self, body: Body, model: Model, columns: Sequence[Column]) -> Iterator[pl.DataFrame]:
-        with self._explained(body):
+    def _frames(self, body: Body, query: Query, model: Model, columns: Sequence[Column]) -> Iterator[pl.DataFrame]:
+        with self._explained(query, body):
             for batch in arrow.batches(body):
                 yield _conformed(model.finish(pl.DataFrame(pl.from_arrow(batch))), model, columns)
 
     @contextlib.contextmanager
-    def _explained(self, body: Body | None = None) -> Iterator[None]:
+    def _explained(self, query: Query, body: Body | None = None) -> Iterator[None]:
         """Raise what goes wrong in the block as an error that a person can read. `body`: the answer that it reads."""
         began = time.monotonic()
         try:
             yield
         except Error as error:
-            explained = errors.explained(error, self.address, self._changed, self.settings)
+            explained = errors.explained(error, self.address, self._changed, self.settings, query)
         except arrow.TruncatedStreamError as error:
             if error.text:
-                explained = errors.refused(error.text, error.code, self.address, self._changed, self.settings)
+                explained = errors.refused(error.text, error.code, self.address, self._changed, self.settings, query)
             else:
                 explained = PassingError(
                     f"The answer of ClickHouse at {self.address} broke off before its end.{_why(body)}"
