@@ -17,10 +17,37 @@ REGISTRY = "pg_exports_tables"
 
 NAMES = (LEDGER, JOURNAL, REJECTED, REGISTRY)
 
+FIRST_NORMAL_OID = 16384
+"""The first of what is not Postgres's own (FirstNormalObjectId in access/transam.h)."""
+
+# `pg_class` has flags for most of what may run in a table. An index with an expression or a condition has a function, or an
+# operator, which has one.
+_LOOK = f"""
+WITH {TRUSTED}
+SELECT c.relname::text, c.oid::bigint, current_user::text,
+    has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT') AND has_table_privilege(c.oid, 'UPDATE'),
+    row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE'), c.relpersistence = 'u',
+    c.relkind = 'r' AND NOT c.relispartition AND NOT EXISTS (SELECT FROM pg_inherits AS h WHERE h.inhrelid = c.oid),
+    CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN pg_get_userbyid(c.relowner)::text END,
+    c.relhastriggers OR c.relhasrules OR c.relchecks > 0 OR c.relhassubclass
+        OR EXISTS (
+            SELECT FROM pg_attribute AS a
+            WHERE a.attrelid = c.oid AND a.attnum > 0 AND (a.atthasdef OR a.atttypid >= {FIRST_NORMAL_OID})
+        )
+        OR EXISTS (
+            SELECT FROM pg_index AS i WHERE i.indrelid = c.oid AND (i.indexprs IS NOT NULL OR i.indpred IS NOT NULL)
+        )
+FROM pg_class AS c
+JOIN pg_namespace AS n ON n.oid = c.relnamespace
+WHERE n.nspname = $1 AND c.relname = ANY ($2::text[])
+"""
+
 # What would run as the export's role where it writes or reads a table, or make the rows others than it has written. Tables of
 # ours have none of it. Triggers of those who are trusted are left: who watches changes by them has a function of his own. A
 # condition and arguments may be anybody's who was granted TRIGGER, whatever they call.
-_TRAPS = """
+_TRAPS = f"""
+WITH {TRUSTED}
+SELECT trap, remedy FROM (
     SELECT t.tgrelid AS relation, format('trigger %I', t.tgname) AS trap, format('DROP TRIGGER %I ON ', t.tgname) AS remedy
     FROM pg_trigger AS t
     JOIN pg_proc AS p ON p.oid = t.tgfoid
@@ -40,9 +67,10 @@ _TRAPS = """
     UNION ALL
     SELECT i.indrelid, format('index %s', i.indexrelid::regclass), NULL
     FROM pg_index AS i
-    JOIN pg_depend AS d ON d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid AND d.refclassid = 'pg_proc'::regclass
-    JOIN pg_proc AS p ON p.oid = d.refobjid
-    WHERE p.proowner NOT IN (SELECT oid FROM trusted)
+    JOIN pg_depend AS d ON d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+    LEFT JOIN pg_proc AS p ON d.refclassid = 'pg_proc'::regclass AND p.oid = d.refobjid
+    LEFT JOIN pg_operator AS o ON d.refclassid = 'pg_operator'::regclass AND o.oid = d.refobjid
+    WHERE coalesce(p.proowner, o.oprowner) NOT IN (SELECT oid FROM trusted)
     UNION ALL
     SELECT a.attrelid, format('type of the column %I', a.attname), NULL
     FROM pg_attribute AS a
@@ -51,22 +79,10 @@ _TRAPS = """
     UNION ALL
     SELECT h.inhparent, format('child %s', h.inhrelid::regclass), NULL
     FROM pg_inherits AS h
-"""
-
-_LOOK = f"""
-WITH {TRUSTED}
-SELECT c.relname::text, current_user::text, has_table_privilege(c.oid, 'INSERT') AND has_table_privilege(c.oid, 'SELECT')
-    AND has_table_privilege(c.oid, 'UPDATE'),
-    row_security_active(c.oid), pg_has_role(c.relowner, 'USAGE'), c.relpersistence = 'u',
-    c.relkind = 'r' AND NOT c.relispartition AND NOT EXISTS (SELECT FROM pg_inherits AS h WHERE h.inhrelid = c.oid),
-    CASE WHEN c.relowner NOT IN (SELECT oid FROM trusted) THEN pg_get_userbyid(c.relowner)::text END,
-    traps.trap, traps.remedy
-FROM pg_class AS c
-JOIN pg_namespace AS n ON n.oid = c.relnamespace
-LEFT JOIN LATERAL (
-    SELECT trap, remedy FROM ({_TRAPS}) AS traps WHERE relation = c.oid ORDER BY remedy NULLS LAST, trap LIMIT 1
-) AS traps ON true
-WHERE n.nspname = $1 AND c.relname = ANY ($2::text[])
+) AS traps
+WHERE relation = $2::bigint::oid
+ORDER BY remedy NULLS LAST, trap
+LIMIT 1
 """
 
 
@@ -111,13 +127,15 @@ def there(session: Session, schema: str) -> set[str]:
             could read it, and have code run as this role; with the statement that mends it.
     """
     rows = session.rows(_LOOK, schema, list(NAMES), doing=f"looking up {', '.join(NAMES)}")
-    for name, *found in rows:
+    for name, oid, *found, may_be_trapped in rows:
         _check(quoted(schema, str(name)), found)
+        if may_be_trapped:
+            _check_traps(session, schema, str(name), oid)
     return {str(name) for name, *_ in rows}
 
 
 def _check(table: str, found: Sequence[object]) -> None:
-    role, may_write, has_row_security, is_owner, is_unlogged, is_plain, stranger, trap, remedy = found
+    role, may_write, has_row_security, is_owner, is_unlogged, is_plain, stranger = found
     if not is_plain:
         raise DestinationError(
             f"{table} is no plain table, as pg_exports makes it. Drop it, or set the export's `schema`."
@@ -129,11 +147,6 @@ def _check(table: str, found: Sequence[object]) -> None:
             f"{table} OWNER TO {quoted(str(role))}; otherwise drop it, or set the export's `schema` to one in which nobody "
             "else may create."
         )
-    if trap is not None:
-        raise DestinationError(
-            f"The {trap} of {table} is not pg_exports' own: what it calls would run as {role}, or rows be others than were "
-            f"written. {f'Run as the owner: {remedy}{table};' if remedy else 'As the owner, take it off the table.'}"
-        )
     if not may_write:
         raise DestinationError(
             f"The role {role} may not write {table}, which another role made. Run as its owner: "
@@ -144,4 +157,13 @@ def _check(table: str, found: Sequence[object]) -> None:
     if is_unlogged:
         raise DestinationError(
             f"{table} is UNLOGGED: a crash of the server empties it. Run as its owner: ALTER TABLE {table} SET LOGGED;"
+        )
+
+
+def _check_traps(session: Session, schema: str, name: str, oid: object) -> None:
+    for trap, remedy in session.rows(_TRAPS, schema, oid, doing=f"looking at {name}"):
+        table = quoted(schema, name)
+        raise DestinationError(
+            f"The {trap} of {table} is not pg_exports' own: what it calls would run as the export's role, or rows be others "
+            f"than were written. {f'Run as the owner: {remedy}{table};' if remedy else 'As the owner, take it off the table.'}"
         )
