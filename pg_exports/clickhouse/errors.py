@@ -263,6 +263,8 @@ _QUOTES_NO_ROW = (
     | _NOT_BY_A_PROFILE
     # What is written in the query: a syntax, a function, a column; throwIf's words are a constant of it.
     | {46, 47, 62, THROWN}
+    # Limits, whose settings are quoted.
+    | {158, 160, 161, 162, 165, 166, 167, 168, 191, 307, 396, 572}
 )
 
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)

@@ -154,7 +154,8 @@ _MAY_TRAP = f"""
 WITH {TRUSTED}
 SELECT CASE WHEN grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(grantee)::text) END
 FROM pg_class, aclexplode(relacl)
-WHERE oid = $2::bigint::oid AND privilege_type = 'TRIGGER' AND grantee NOT IN (SELECT oid FROM trusted)
+WHERE oid = $2::bigint::oid AND privilege_type = 'TRIGGER' AND grantee <> relowner
+    AND grantee NOT IN (SELECT oid FROM trusted)
 ORDER BY 1
 """
 

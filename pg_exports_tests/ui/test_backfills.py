@@ -68,9 +68,9 @@ def held_at(target: Target, hours: Sequence[datetime]) -> Iterator[None]:
     """Hold each run that has written one of the hours, before it says COMMIT."""
     target.execute(
         f"CREATE OR REPLACE FUNCTION hold() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
-        f" PERFORM pg_advisory_xact_lock_shared({_HOLD}); RETURN NULL; END $$",
-        f"CREATE TRIGGER hold AFTER INSERT OR UPDATE ON pg_exports_ledger FOR EACH ROW"
-        f" WHEN (new.interval_start BETWEEN '{hours[0]}' AND '{hours[-1]}') EXECUTE FUNCTION hold()",
+        f" IF new.interval_start BETWEEN '{hours[0]}' AND '{hours[-1]}' THEN"
+        f" PERFORM pg_advisory_xact_lock_shared({_HOLD}); END IF; RETURN NULL; END $$",
+        "CREATE TRIGGER hold AFTER INSERT OR UPDATE ON pg_exports_ledger FOR EACH ROW EXECUTE FUNCTION hold()",
     )
     try:
         with holding(target, f"SELECT pg_advisory_xact_lock({_HOLD})"):
