@@ -285,7 +285,8 @@ def _own_words(text: str, code: int | None, query: Query | None) -> tuple[str, b
         arguments = of_a_value[4] if "'" not in of_a_value[4][:-1] else "(...)'"
         said = f"{of_a_value[1]}a value that the function cannot take{of_a_value[2]}{of_a_value[3]}{arguments}"
         return short[: of_a_value.start()] + said + short[of_a_value.end() :], True
-    asked = " ".join([query.sql, *map(str, query.parameters.values())]) if query else ""
+    # Of a boolean it says what it might be.
+    asked = " ".join(["true false", query.sql, *map(str, query.parameters.values())]) if query else ""
     if short.count("'") % 2 == 0 and all(quoted in asked for quoted in _QUOTED.findall(short)):
         return short, False
     # From the first quote to the last: a value may have quotes in it.

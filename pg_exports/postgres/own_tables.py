@@ -40,6 +40,7 @@ SELECT c.relname::text, c.oid::bigint, current_user::text,
 FROM pg_class AS c
 JOIN pg_namespace AS n ON n.oid = c.relnamespace
 WHERE n.nspname = $1 AND c.relname = ANY ($2::text[])
+ORDER BY array_position($2::text[], c.relname::text)
 """
 
 # What would run as the export's role where it writes or reads a table, or make the rows others than it has written. Tables of

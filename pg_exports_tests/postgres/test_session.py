@@ -213,12 +213,10 @@ def test_an_interrupt_ends_a_statement_that_the_server_is_at_work_on_and_undoes_
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
             session.execute("SELECT pg_sleep(60)", doing="sleeping")
 
-    with target.resource().session() as session:
-        began = time.monotonic()
-        with pytest.raises(KeyboardInterrupt):
-            interrupted(session)
-        assert time.monotonic() - began < 20
-        # The connection is as good as before.
-        with session.transaction():
-            assert session.rows("SELECT 1", doing="asking") == [(1,)]
-    assert target.rows("SELECT to_regclass('made')") == [(None,)]
+    began = time.monotonic()
+    with target.resource().session() as session, pytest.raises(KeyboardInterrupt):
+        interrupted(session)
+    assert time.monotonic() - began < 5
+    # Nobody waits for what it had locked.
+    target.execute("CREATE TABLE made (n int)")
+    assert time.monotonic() - began < 5

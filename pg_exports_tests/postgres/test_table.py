@@ -197,9 +197,10 @@ def test_a_name_that_something_else_has_is_refused(target: Target) -> None:
         assert "Set the export's `table`" in message
 
 
-def test_a_name_that_a_type_has_is_an_error_in_postgress_words(target: Target) -> None:
+def test_a_name_that_a_type_has_is_an_error_that_names_its_owner(target: Target) -> None:
     target.execute("CREATE TYPE events AS ENUM ('a')")
-    assert 'type "events" already exists' in refusal(target, EVENTS)
+    said = f'A type of {postgres_server.SUPERUSER} has the name "{target.schema}"."events"'
+    assert said in refusal(target, EVENTS)
 
 
 def test_tables_that_posthog_made_are_filled_as_they_are(target: Target) -> None:
