@@ -267,6 +267,9 @@ _QUOTES_NO_ROW = (
     | {158, 160, 161, 162, 165, 166, 167, 168, 191, 307, 396, 572}
 )
 
+# What a boolean might be; the aliases of tables.
+_ITS_OWN = {"true", "false", *(f"__table{number}" for number in range(1, 20))}
+
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 
 
@@ -277,7 +280,7 @@ def _own_words(text: str, code: int | None, query: Query | None) -> tuple[str, b
     found = re.search(r"Code: \d+\. DB::.*", text, re.DOTALL)
     own = re.sub(r"\s*\(for url [^)]*\)\s*\Z", "", found.group() if found else text)
     # The query that it repeats may have two thousand characters.
-    short = re.sub(r" In scope .*(?=\. \([A-Z_]+\))", "", _OF_A_KEY.sub(r"\1 ", own), flags=re.DOTALL).strip()
+    short = re.sub(r" In (?:scope|query) .*(?=\. \([A-Z_]+\))", "", _OF_A_KEY.sub(r"\1 ", own), flags=re.DOTALL).strip()
     if code in _QUOTES_NO_ROW or _OF_A_KEY.search(own):
         return short, False
     of_a_value = _OF_A_VALUE.search(short)
@@ -285,13 +288,17 @@ def _own_words(text: str, code: int | None, query: Query | None) -> tuple[str, b
         arguments = of_a_value[4] if "'" not in of_a_value[4][:-1] else "(...)'"
         said = f"{of_a_value[1]}a value that the function cannot take{of_a_value[2]}{of_a_value[3]}{arguments}"
         return short[: of_a_value.start()] + said + short[of_a_value.end() :], True
-    # Of a boolean it says what it might be.
-    asked = " ".join(["true false", query.sql, *map(str, query.parameters.values())]) if query else ""
-    if short.count("'") % 2 == 0 and all(quoted in asked for quoted in _QUOTED.findall(short)):
+    asked = " ".join([query.sql, *map(str, query.parameters.values())]) if query else ""
+    quoted = " ".join(_QUOTED.findall(short))
+    if short.count("'") % 2 == 0 and _words(quoted) <= _words(asked) | _ITS_OWN:
         return short, False
     # From the first quote to the last: a value may have quotes in it.
     first, last = short.index("'"), short.rindex("'")
     return f"{short[:first]}'...'{short[last + 1 :]}", True
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text))
 
 
 def _no_answer(text: str, address: str) -> SourceError | PassingError:
