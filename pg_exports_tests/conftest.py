@@ -56,13 +56,15 @@ LONGEST = (
     "test_bench_figures",
     "test_installed",
     "test_soak",
+    "test_upgrade_without_registry",
+    "test_concurrency",
     "test_faults_processes",
     "test_scaffold",
     "test_definitions",
     "test_backfill_command",
     "test_verify_command",
 )
-"""Modules that take long, most of them as they start processes: first, so that none is left alone at the end."""
+"""Modules that take long, many of them as they start processes: first, so that none is left alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
