@@ -267,8 +267,8 @@ _QUOTES_NO_ROW = (
     | {158, 160, 161, 162, 165, 166, 167, 168, 191, 307, 396, 572}
 )
 
-# What a boolean might be; the aliases of tables.
-_ITS_OWN = {"true", "false", *(f"__table{number}" for number in range(1, 20))}
+# What a boolean might be, a setting, and the aliases of tables.
+_ITS_OWN = {"true", "false", "implicit_transaction", *(f"__table{number}" for number in range(1, 20))}
 
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL)
 
@@ -289,7 +289,7 @@ def _own_words(text: str, code: int | None, query: Query | None) -> tuple[str, b
         said = f"{of_a_value[1]}a value that the function cannot take{of_a_value[2]}{of_a_value[3]}{arguments}"
         return short[: of_a_value.start()] + said + short[of_a_value.end() :], True
     asked = " ".join([query.sql, *map(str, query.parameters.values())]) if query else ""
-    quoted = " ".join(_QUOTED.findall(short))
+    quoted = " ".join(_QUOTED.findall(re.sub(r"\bsetting '\w+'", "", short)))
     if short.count("'") % 2 == 0 and _words(quoted) <= _words(asked) | _ITS_OWN:
         return short, False
     # From the first quote to the last: a value may have quotes in it.
