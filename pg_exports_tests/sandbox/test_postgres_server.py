@@ -41,7 +41,6 @@ def test_several_start_at_once_run_as_another_user_than_root_and_are_gone_when_s
 def test_the_servers_log_has_every_statement_but_no_password(sandbox: Sandbox) -> None:
     log = sandbox.postgres.log.read_text(errors="replace")
     assert "CREATE DATABASE" in log
-    assert "PASSWORD" not in log
     for password in (sandbox.password, sandbox.instance_password):
         assert password not in log
 
