@@ -280,7 +280,9 @@ def _own_words(text: str, code: int | None, query: Query | None) -> tuple[str, b
     found = re.search(r"Code: \d+\. DB::.*", text, re.DOTALL)
     own = re.sub(r"\s*\(for url [^)]*\)\s*\Z", "", found.group() if found else text)
     # The query that it repeats may have two thousand characters.
-    short = re.sub(r"\.? In (?:scope|query) .*(?=\. \([A-Z_]+\))", "", _OF_A_KEY.sub(r"\1 ", own), flags=re.DOTALL).strip()
+    short = re.sub(
+        r"\.? In (?:scope|query) .*(?=\. \([A-Z_]+\))", "", _OF_A_KEY.sub(r"\1 ", own), flags=re.DOTALL
+    ).strip()
     if code in _QUOTES_NO_ROW or _OF_A_KEY.search(own):
         return short, False
     of_a_value = _OF_A_VALUE.search(short)

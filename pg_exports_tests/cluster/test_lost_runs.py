@@ -177,6 +177,8 @@ def _unreachable(launcher: CeleryRunLauncher) -> object:
 def test_an_instance_with_another_launcher_is_an_error_that_says_what_to_do() -> None:
     with (
         dg.DagsterInstance.ephemeral() as instance,
-        pytest.raises(dg.DagsterInvariantViolationError, match=r"DAGSTER_HOME needs the dagster\.yaml of deploy/celery"),
+        pytest.raises(
+            dg.DagsterInvariantViolationError, match=r"DAGSTER_HOME needs the dagster\.yaml of deploy/celery"
+        ),
     ):
         look(instance)
