@@ -3,17 +3,12 @@ sent. And one in between, which passes everything on to the real server.
 """
 
 import contextlib
-import select
-import socket
 import ssl
 import struct
-import threading
 from collections.abc import Iterator
 
-from pg_exports.sandbox.certificates import Certificates
-
-SSL_REQUEST = struct.pack("!II", 8, 80_877_103)
-_CHUNK = 64 * 1024
+from pg_exports.sandbox.certificates import HOST, Certificates
+from pg_exports_tests.postgres.listener import Listener, received
 
 CLEARTEXT = struct.pack("!cII", b"R", 8, 3)
 """AuthenticationCleartextPassword."""
@@ -38,11 +33,10 @@ NOTHING = struct.pack("!cII", b"R", 8, 0) + struct.pack("!cIc", b"Z", 5, b"I")
 """AuthenticationOk and ReadyForQuery."""
 
 
-class HostileServer:
-    """Listens until its block ends.
+class HostileServer(Listener):
+    """Such a server.
 
     Attributes:
-        port: where it listens, on every address of this machine.
         startups: what clients said first, once TLS was up: their user and database.
         heard: all that they sent after that, decrypted.
     """
@@ -59,73 +53,37 @@ class HostileServer:
         """`asks_for`: what is answered to a login. `upstream`: the port of the real server, to be in between. `floods`: send
         notices without an end after that. `rounds`: of the password's hash, after `SCRAM`.
         """
-        self._rounds = rounds
-        self._floods = floods
-        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._context.load_cert_chain(certificates.certificate, certificates.key)
-        self._asks_for = asks_for
-        self._upstream = upstream
-        self._listener = socket.create_server(("", 0))
-        self._sockets: list[socket.socket] = [self._listener]
-        self.port = int(self._listener.getsockname()[1])
+        self._asks_for, self._upstream, self._floods, self._rounds = asks_for, upstream, floods, rounds
         self.startups: list[bytes] = []
         self.heard = b""
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(certificates)
 
-    def close(self) -> None:
-        """Hang up on everybody."""
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        # ValueError: the test has closed it.
-        with contextlib.suppress(OSError, ValueError):
-            client.recv(len(SSL_REQUEST), socket.MSG_WAITALL)
-            client.sendall(b"S")
-            encrypted = self._context.wrap_socket(client, server_side=True)
-            self._sockets.append(encrypted)
-            startup = encrypted.recv(_CHUNK)
-            self.startups.append(startup)
-            if self._upstream is None:
-                encrypted.sendall(self._asks_for)
-                while self._floods:
-                    encrypted.sendall(NOTICE * 1000)
-                while received := encrypted.recv(_CHUNK):
-                    self.heard += received
-                    if self._rounds:
-                        encrypted.sendall(challenge(received, self._rounds))
-                        self._rounds = None
-            else:
-                self._relay(encrypted, startup, self._upstream)
+    def speak(self, client: ssl.SSLSocket, startup: bytes) -> None:
+        """Answer as it was told to, or pass on what is said."""
+        self.startups.append(startup)
+        if self._upstream is not None:
+            self._relay(client, startup, self._upstream)
+            return
+        client.sendall(self._asks_for)
+        while self._floods:
+            client.sendall(NOTICE * 1000)
+        for _, said in received(client):
+            self.heard += said
+            if self._rounds:
+                client.sendall(challenge(said, self._rounds))
+                self._rounds = None
 
     def _relay(self, client: ssl.SSLSocket, startup: bytes, upstream: int) -> None:
-        plain = socket.create_connection(("127.0.0.1", upstream))
-        plain.sendall(SSL_REQUEST)
-        plain.recv(1)
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        server = context.wrap_socket(plain)
-        self._sockets.append(server)
+        server = self.connect(upstream, context, HOST)
         server.sendall(startup)
-        while True:
-            waiting = [one for one in (client, server) if one.pending()]
-            for one in waiting or select.select([client, server], [], [])[0]:
-                received = one.recv(_CHUNK)
-                if not received:
-                    return
-                if one is server:
-                    client.sendall(received)
-                else:
-                    self.heard += received
-                    server.sendall(received)
+        for sender, said in received(client, server):
+            if sender is server:
+                client.sendall(said)
+            else:
+                self.heard += said
+                server.sendall(said)
 
 
 @contextlib.contextmanager

@@ -3,19 +3,14 @@ Supavisor, RDS Proxy, Neon's. It speaks TLS on both sides with the sandbox's cer
 """
 
 import contextlib
-import select
-import socket
 import ssl
 import struct
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.certificates import HOST
-
-_SSL_REQUEST = struct.pack("!II", 8, 80_877_103)
-_CHUNK = 64 * 1024
+from pg_exports_tests.postgres.listener import Listener, received
 
 
 @dataclass(frozen=True)
@@ -36,86 +31,46 @@ class Refusal:
         return error if self.is_fatal else error + _message(b"Z", b"I")
 
 
-class RefusingPooler:
+class RefusingPooler(Listener):
     """What a test does to it, at any moment, from any thread."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._server_port = sandbox.postgres.port
-        certificates = sandbox.certificates
-        self._as_server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._as_server.load_cert_chain(certificates.certificate, certificates.key)
-        self._as_client = ssl.create_default_context(cafile=certificates.authority)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets: list[socket.socket] = [self._listener]
-        self.port = int(self._listener.getsockname()[1])
-        """Where clients connect."""
+        self._as_client = ssl.create_default_context(cafile=sandbox.certificates.authority)
         self.login: Refusal | None = None
         """How it answers who wants to log in; None for letting them."""
         self.statement: Refusal | None = None
         """How it answers the next statement of who is logged in, once."""
         self.refused = 0
         """Clients and statements that it has refused."""
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__(sandbox.certificates)
 
-    def close(self) -> None:
-        """Hang up on everybody."""
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-
-    def _accept(self) -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
-
-    def _serve(self, client: socket.socket) -> None:
-        # ValueError: the test has closed it.
-        with contextlib.suppress(OSError, ValueError):
-            client.recv(len(_SSL_REQUEST), socket.MSG_WAITALL)
-            client.sendall(b"S")
-            client = self._as_server.wrap_socket(client, server_side=True)
-            self._sockets.append(client)
-            startup = client.recv(_CHUNK)
-            if self.login:
-                self.refused += 1
-                client.sendall(self.login.answer)
-                _end(client)
-                return
-            server = self._upstream()
-            server.sendall(startup)
-            with contextlib.suppress(OSError):
-                self._relay(client, server)
-            server.close()
+    def speak(self, client: ssl.SSLSocket, startup: bytes) -> None:
+        """Refuse the client, or let it talk to Postgres until it is refused."""
+        if self.login:
+            self.refused += 1
+            client.sendall(self.login.answer)
             _end(client)
-
-    def _upstream(self) -> ssl.SSLSocket:
-        plain = socket.create_connection((HOST, self._server_port))
-        plain.sendall(_SSL_REQUEST)
-        plain.recv(1)
-        server = self._as_client.wrap_socket(plain, server_hostname=HOST)
-        self._sockets.append(server)
-        return server
+            return
+        server = self.connect(self._server_port, self._as_client, HOST)
+        server.sendall(startup)
+        with contextlib.suppress(OSError):
+            self._relay(client, server)
+        server.close()
+        _end(client)
 
     def _relay(self, client: ssl.SSLSocket, server: ssl.SSLSocket) -> None:
-        """In one thread: two may not read and write a TLS connection at the same time."""
-        while True:
-            waiting = [one for one in (client, server) if one.pending()]
-            for one in waiting or select.select([client, server], [], [])[0]:
-                received = one.recv(_CHUNK)
-                if not received:
+        for sender, said in received(client, server):
+            if sender is server:
+                client.sendall(said)
+            elif self.statement is None:
+                server.sendall(said)
+            else:
+                refusal, self.statement = self.statement, None
+                self.refused += 1
+                client.sendall(refusal.answer)
+                if refusal.is_fatal:
                     return
-                if one is server:
-                    client.sendall(received)
-                elif self.statement is None:
-                    server.sendall(received)
-                else:
-                    refusal, self.statement = self.statement, None
-                    self.refused += 1
-                    client.sendall(refusal.answer)
-                    if refusal.is_fatal:
-                        return
 
 
 @contextlib.contextmanager

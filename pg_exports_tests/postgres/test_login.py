@@ -16,7 +16,8 @@ from pg_exports.sandbox.certificates import Certificates
 from pg_exports.sandbox.postgres_server import PostgresServer
 from pg_exports.sandbox.servers import DATABASE
 from pg_exports_tests.conftest import Target
-from pg_exports_tests.postgres.hostile_server import CLEARTEXT, MD5, NOTHING, SCRAM, SSL_REQUEST, hostile_server
+from pg_exports_tests.postgres.hostile_server import CLEARTEXT, MD5, NOTHING, SCRAM, hostile_server
+from pg_exports_tests.postgres.listener import SSL_REQUEST
 from pg_exports_tests.postgres.tcp_proxy import tcp_proxy
 
 PASSWORD = "only-for-this-server"

@@ -3,7 +3,8 @@ export's role: he learns nothing, and nothing of his runs.
 """
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -11,14 +12,14 @@ import dagster as dg
 import polars as pl
 import pytest
 
-from pg_exports import PostgresIOManager
+from pg_exports import PostgresExport, PostgresIOManager
 from pg_exports.errors import DestinationError
 from pg_exports.postgres import ledger, own_tables, registry, writer
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.schemas import CREATION_LOCK
 from pg_exports.sandbox import Sandbox, postgres_server
 from pg_exports.sandbox.servers import DATABASE, ROLE
-from pg_exports_tests.conftest import RunExport, Source, Target, partition_key
+from pg_exports_tests.conftest import Run, RunExport, Source, Target, partition_key
 from pg_exports_tests.faults import eventually
 from pg_exports_tests.source_rows import event, export_of
 
@@ -38,6 +39,23 @@ def intruder(sandbox: Sandbox, target: Target) -> Iterator[str]:
     target.execute(f"ALTER SCHEMA {quoted(target.schema)} OWNER TO {postgres_server.SUPERUSER}")
     postgres = sandbox.postgres
     postgres.execute(f"DROP OWNED BY {quoted(role)} CASCADE", f"DROP ROLE {quoted(role)}", database=DATABASE)
+
+
+@contextmanager
+def waiting_to_create(target: Target, run: RunExport, model: PostgresExport, hour: datetime) -> Iterator[Future[Run]]:
+    """A run that waits for whoever creates tables until the block ends, and goes on then."""
+    with (
+        ThreadPoolExecutor(1) as pool,
+        postgres_server.admin(target.sandbox.postgres, DATABASE) as connection,
+        connection.cursor() as cursor,
+    ):
+        cursor.execute("SELECT pg_advisory_lock(hashtext(%s))", [CREATION_LOCK])
+        running = pool.submit(run, model, partition_key(hour))
+        try:
+            eventually(lambda: target.rows("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+            yield running
+        finally:
+            cursor.execute("SELECT pg_advisory_unlock_all()")
 
 
 def as_(role: str, target: Target, *statements: str) -> None:
@@ -151,14 +169,7 @@ def test_who_makes_an_own_table_while_a_run_waits_to_create_it_gets_nothing(
     target.execute("DROP TABLE events, " + ", ".join(own_tables.NAMES))
     # So that it waits for the ledger alone, and not for the destination before.
     target.execute("CREATE TABLE events (uuid text, event text)", f"GRANT INSERT, SELECT, UPDATE ON events TO {ROLE}")
-    with (
-        ThreadPoolExecutor(1) as pool,
-        postgres_server.admin(target.sandbox.postgres, DATABASE) as connection,
-        connection.cursor() as cursor,
-    ):
-        cursor.execute("SELECT pg_advisory_lock(hashtext(%s))", [CREATION_LOCK])
-        running = pool.submit(run, model, partition_key(hour))
-        eventually(lambda: target.rows("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+    with waiting_to_create(target, run, model, hour) as running:
         as_(
             intruder,
             target,
@@ -167,8 +178,7 @@ def test_who_makes_an_own_table_while_a_run_waits_to_create_it_gets_nothing(
             TRAP,
             f"CREATE TRIGGER trap BEFORE INSERT ON {ledger.TABLE} FOR EACH ROW EXECUTE FUNCTION trap()",
         )
-        cursor.execute("SELECT pg_advisory_unlock_all()")
-        error = str(running.result().error)
+    error = str(running.result().error)
     assert f"belongs to {intruder}" in error
     assert target.count(ledger.TABLE) == 0
     assert target.rows("SELECT has_table_privilege('public', 'events', 'SELECT')") == [(False,)]
@@ -341,22 +351,14 @@ def test_a_trigger_that_comes_while_a_run_waits_to_register_its_table_is_refused
     source.insert("events", event(hour))
     assert run(model, partition_key(hour)).error is None
     target.execute("VACUUM FULL events", f"GRANT TRIGGER ON {registry.TABLE} TO {quoted(intruder)}")
-    with (
-        ThreadPoolExecutor(1) as pool,
-        postgres_server.admin(target.sandbox.postgres, DATABASE) as connection,
-        connection.cursor() as cursor,
-    ):
-        cursor.execute("SELECT pg_advisory_lock(hashtext(%s))", [CREATION_LOCK])
-        running = pool.submit(run, model, partition_key(hour))
-        eventually(lambda: target.rows("SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"))
+    with waiting_to_create(target, run, model, hour) as running:
         as_(
             intruder,
             target,
             TRAP,
             f"CREATE TRIGGER trap BEFORE INSERT OR UPDATE ON {registry.TABLE} FOR EACH ROW EXECUTE FUNCTION trap()",
         )
-        cursor.execute("SELECT pg_advisory_unlock_all()")
-        assert "The trigger trap" in str(running.result().error)
+    assert "The trigger trap" in str(running.result().error)
     assert target.rows("SELECT has_table_privilege('public', 'events', 'SELECT')") == [(False,)]
 
 
