@@ -19,7 +19,7 @@ import dagster as dg
 from pg_exports.clickhouse import ClickHouseResource
 from pg_exports.errors import ExportError, PassingError, printable
 from pg_exports.models import Model, Query, Selection
-from pg_exports.postgres import PostgresResource, own_tables, schemas
+from pg_exports.postgres import PostgresResource, own_tables, schemas, strangers
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.table import Destination
@@ -297,7 +297,7 @@ class _Destination:
                 f"The role {role} is a superuser. An export needs none: USAGE and CREATE on its schema are enough.",
             )
         for schema in schemas.searched(self._session):
-            creators = schemas.creators(self._session, schema)
+            creators = strangers.may_create(self._session, schema)
             if creators:
                 yield (
                     "warning",
@@ -312,7 +312,7 @@ class _Destination:
         with self._session.transaction():
             schemas.check(self._session, self._destination.schema)
             schemas.check_may_create(self._session, self._destination.schema, f"tables in schema {name}")
-            creators = schemas.creators(self._session, self._destination.schema)
+            creators = strangers.may_create(self._session, self._destination.schema)
         yield "passed", f"{name}: the role may use it, and create tables in it."
         if creators:
             of = ", ".join(creator if creator == "PUBLIC" else quoted(creator) for creator in creators)
@@ -332,16 +332,16 @@ class _Destination:
                 return
             table = tables.inspect(session, destination, self._model)
             [(needless,)] = session.rows(_NEEDLESS, table.oid, doing="reading privileges")
-            strangers = schemas.strangers(session, destination.schema, table.oid)
-            trappers = ", ".join(schemas.may_make_triggers(session, destination.schema, table.oid))
+            warnings = strangers.of_table(session, destination.schema, table.oid)
+            trappers = ", ".join(strangers.may_make_triggers(session, destination.schema, table.oid))
         key = f" Its rows are merged by ({', '.join(self._model.key)})." if self._model.merge else ""
         yield (
             "passed",
             f"{destination.qualified} is there, and can hold {self._model.name}: {len(table.pairs)} of the "
             f"{len(self._model.columns)} columns that can be filled.{key}",
         )
-        for stranger in strangers:
-            yield "warning", stranger
+        for warning in warnings:
+            yield "warning", warning
         if trappers:
             yield (
                 "warning",

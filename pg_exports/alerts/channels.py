@@ -83,8 +83,11 @@ class Webhook(BaseModel):
                 "address that the redirect leads to."
             )
         if not 200 <= status < 300:
-            kind = RefusedAlertError if status in _OF_THE_ALERT else PassingError
-            raise kind(
+            if status in _OF_THE_ALERT:
+                raise RefusedAlertError(
+                    f"The alerts' `webhook` answers HTTP {status} to this alert: it does not take its words, or its length."
+                )
+            raise PassingError(
                 f"The alerts' `webhook` answers HTTP {status}. From 400 to 499 its address is wrong or no longer valid; "
                 "else the receiver has a fault."
             )

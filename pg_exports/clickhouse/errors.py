@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from clickhouse_connect.driver.exceptions import Error, ProgrammingError
 
-from pg_exports.errors import PassingError, SourceError
+from pg_exports.errors import PassingError, SourceError, shortened
 from pg_exports.models import Query
 from pg_exports.models.columns import TOLD_APART
 
@@ -187,6 +187,7 @@ def refused(
     query: Query | None = None,
 ) -> SourceError | PassingError:
     """The error to raise for one of ClickHouse's exceptions, before the first row or in mid-stream. See `explained`."""
+    text = shortened(text)
     words, quotes_a_row = _own_words(text, code, query)
     lines = [f"ClickHouse at {address} answered with an error: {words}", _remedy(text, code or 0)]
     if quotes_a_row:

@@ -22,8 +22,8 @@ class QuietClient(HttpClient):
 
 
 class DirectPool(PoolManager):
-    """Connections to the host that is asked for: by no proxy that the environment names, and to no host that it redirects to,
-    which would be sent the password and the query.
+    """Connections to the host that is asked for. No proxy of the environment's is used and no redirect followed: either would
+    be sent the password and the query.
     """
 
     def __init__(self, ca_certificate: str | None) -> None:

@@ -20,7 +20,7 @@ from pg_exports.at_launch import FixedAtLaunch
 from pg_exports.errors import PassingError, SettingsError
 from pg_exports.interval import SAMPLE, Counts, Interval, IntervalFrames, spanned
 from pg_exports.pool import further_slots
-from pg_exports.postgres import ledger, registry, rejected, schemas, writer
+from pg_exports.postgres import ledger, registry, rejected, strangers, writer
 from pg_exports.postgres import table as tables
 from pg_exports.postgres.identifiers import quoted
 from pg_exports.postgres.merge import SupersededError
@@ -111,9 +111,9 @@ class PostgresIOManager(FixedAtLaunch, dg.ConfigurableIOManager):
                 rejected.ensure(session, destination.schema)
                 registry.ensure(session, destination.schema)
                 registry.recognise(session, table, export.team_id)
-                strangers = schemas.strangers(session, destination.schema, table.oid)
-            for stranger in strangers:
-                context.log.warning(stranger)
+                warnings = strangers.of_table(session, destination.schema, table.oid)
+            for warning in warnings:
+                context.log.warning(warning)
             todo, together, is_first, superseded = export.intervals, 1, True, 0
             while todo:
                 some = _together(todo, together, progress.alone)

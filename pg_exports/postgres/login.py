@@ -1,7 +1,7 @@
 """How the connection logs in: what it proves to the server, and what the server must prove before it hears anything.
 
-With SCRAM the password is never sent, and the server proves that it knows it. Whoever asks for it in clear text, for its md5
-or for nothing is no server that this could be said of: these have to be asked for by name.
+With SCRAM the password is never sent, and the server proves that it knows it. A server that asks for the password itself, for
+its md5 or for nothing proves nothing, so a connection has to allow that by name.
 """
 
 from collections.abc import Mapping

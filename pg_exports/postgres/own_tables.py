@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pg_exports.errors import DestinationError
 from pg_exports.postgres import schemas
 from pg_exports.postgres.identifiers import quoted
-from pg_exports.postgres.schemas import TRUSTED
 from pg_exports.postgres.session import LOCK_TIMEOUT, Session
+from pg_exports.postgres.strangers import TRUSTED
 
 LEDGER = "pg_exports_ledger"
 JOURNAL = "pg_exports_keys"
@@ -20,8 +20,7 @@ NAMES = (LEDGER, JOURNAL, REJECTED, REGISTRY)
 FIRST_NORMAL_OID = 16384
 """The first of what is not Postgres's own (FirstNormalObjectId in access/transam.h)."""
 
-# `pg_class` has flags for most of what may run in a table. An index with an expression or a condition has a function, or an
-# operator, which has one.
+# `pg_class` has flags for most of what may run in a table. An index runs something by its expressions or its condition alone.
 _LOOK = f"""
 WITH {TRUSTED}
 SELECT c.relname::text, c.oid::bigint, current_user::text,
@@ -124,8 +123,8 @@ def there(session: Session, schema: str) -> set[str]:
     """Which of `NAMES` are there. To be asked before the first of them is read in a transaction.
 
     Raises:
-        DestinationError: one is, and the role may not write all of it, a crash would empty it, or somebody else made it who
-            could read it, and have code run as this role; with the statement that mends it.
+        DestinationError: of one that is there the role may not write all, or it belongs to a stranger, or something runs in
+            it that is not pg_exports' own, or a crash would empty it; with the statement that mends it.
     """
     rows = session.rows(_LOOK, schema, list(NAMES), doing=f"looking up {', '.join(NAMES)}")
     for name, oid, *found, may_be_trapped in rows:

@@ -22,7 +22,7 @@ CONNECT_TIMEOUT = 15
 """Seconds for a connection to be made, TLS and password included."""
 
 HASHING_SECONDS = 15
-"""Seconds for the hashing of a password beyond that: of 4,096 rounds, Postgres's own number, some ten thousand times over."""
+"""Seconds for the hashing of a password beyond that. Postgres's own 4,096 rounds take about 10 ms."""
 
 READ_TIMEOUT = 300
 """Seconds without an answer after which a connection counts as frozen, where the resource does not say."""

@@ -196,8 +196,8 @@ class Session:
             raise
 
     def roll_back(self) -> None:
-        """End the transaction now, before its block does, as whose error it will end. What is asked meanwhile gets one of its
-        own.
+        """End the transaction now, before its block does, which must end by an error then. What is asked until it ends gets a
+        transaction of its own.
         """
         if not self._is_in_transaction:
             return
