@@ -76,14 +76,14 @@ class HostileServer(Listener):
     def _relay(self, client: ssl.SSLSocket, startup: bytes, upstream: int) -> None:
         context = ssl.create_default_context()
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        server = self.connect(upstream, context, HOST)
-        server.sendall(startup)
-        for sender, said in received(client, server):
-            if sender is server:
-                client.sendall(said)
-            else:
-                self.heard += said
-                server.sendall(said)
+        with self.connect(upstream, context, HOST) as server:
+            server.sendall(startup)
+            for sender, said in received(client, server):
+                if sender is server:
+                    client.sendall(said)
+                else:
+                    self.heard += said
+                    server.sendall(said)
 
 
 @contextlib.contextmanager

@@ -30,44 +30,70 @@ class Listener(ABC):
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context.load_cert_chain(certificates.certificate, certificates.key)
         self._listener = socket.create_server(("127.0.0.1", 0))
-        self._sockets: list[socket.socket] = [self._listener]
+        self._lock = threading.Lock()
+        self._closed = False
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
         self.port = int(self._listener.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
+        self._threads[0].start()
 
     @abstractmethod
     def speak(self, client: ssl.SSLSocket, startup: bytes) -> None:
-        """Talk to a client, which has said as whom it wants to log in. May raise OSError."""
+        """Talk to a client, which has said as whom it wants to log in. May raise OSError, which ends its connection."""
 
     def close(self) -> None:
-        """Hang up on everybody."""
-        for one in self._sockets:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
+        """Hang up on everybody, and wait until every thread has seen it."""
+        with self._lock:
+            self._closed = True
+            for one in (self._listener, *self._sockets):
+                _hang_up(one)
+        for thread in self._threads:
+            thread.join()
+        self._listener.close()
 
     def connect(self, port: int, context: ssl.SSLContext, host: str) -> ssl.SSLSocket:
-        """A connection to a real server, over TLS; it ends with this one's."""
+        """A connection to a real server, over TLS, for the caller to close. `close` hangs up on it too."""
         plain = socket.create_connection((host, port))
         plain.sendall(SSL_REQUEST)
         plain.recv(1)
-        server = context.wrap_socket(plain, server_hostname=host)
-        self._sockets.append(server)
+        server = context.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
+        self._track(server)
+        server.do_handshake()
         return server
+
+    def _track(self, one: socket.socket) -> None:
+        """A connection that `close` hangs up on. Its own thread alone closes it: a descriptor that another thread closed could
+        be the next connection's before this one reads from it again.
+        """
+        with self._lock:
+            self._sockets.append(one)
+            if self._closed:
+                _hang_up(one)
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+                self._track(client)
+                thread = threading.Thread(target=self._serve, args=(client,))
+                with self._lock:
+                    self._threads.append(thread)
+                    thread.start()
 
     def _serve(self, client: socket.socket) -> None:
-        # ValueError: the test has closed it.
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError), client:
             client.recv(len(SSL_REQUEST), socket.MSG_WAITALL)
             client.sendall(b"S")
-            encrypted = self._context.wrap_socket(client, server_side=True)
-            self._sockets.append(encrypted)
-            self.speak(encrypted, encrypted.recv(CHUNK))
+            with self._context.wrap_socket(client, server_side=True, do_handshake_on_connect=False) as encrypted:
+                self._track(encrypted)
+                encrypted.do_handshake()
+                self.speak(encrypted, encrypted.recv(CHUNK))
+
+
+def _hang_up(one: socket.socket) -> None:
+    # Not `SSLSocket.shutdown`, which has the thread that reads go on without TLS.
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(one, socket.SHUT_RDWR)
 
 
 def received(*sides: ssl.SSLSocket) -> Iterator[tuple[ssl.SSLSocket, bytes]]:

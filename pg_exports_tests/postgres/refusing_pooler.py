@@ -52,11 +52,9 @@ class RefusingPooler(Listener):
             client.sendall(self.login.answer)
             _end(client)
             return
-        server = self.connect(self._server_port, self._as_client, HOST)
-        server.sendall(startup)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), self.connect(self._server_port, self._as_client, HOST) as server:
+            server.sendall(startup)
             self._relay(client, server)
-        server.close()
         _end(client)
 
     def _relay(self, client: ssl.SSLSocket, server: ssl.SSLSocket) -> None:
