@@ -312,10 +312,11 @@ def test_a_worker_runs_an_export_for_them(cluster_host: Host, public: None, hour
     cluster_host.source.insert("events", *(event(hour) for _ in range(ROWS)))
     web.wait(web.backfill("events", [partition_key(hour)]))
     assert Target(cluster_host.source.sandbox, "public").count("events") == ROWS
-    assert "RUN_SUCCESS" in machine.log("pg-exports-worker")
     app = ("celery", "--app", "dagster_celery.app", "--workdir", "deploy/celery")
-    active = cluster_host.as_service(*app, "inspect", "active")
-    assert "1 node online" in active.stdout, active.stdout + active.stderr
+    # The worker itself says what it has run: the journal of a busy machine lags behind.
+    stats = cluster_host.as_service(*app, "inspect", "stats")
+    assert "1 node online" in stats.stdout, stats.stdout + stats.stderr
+    assert '"execute_job": 1' in stats.stdout, stats.stdout + machine.log("pg-exports-worker")
     assert machine.shell("ls /var/lib/pg_exports").split() == ["dagster.yaml", "storage"]
 
 
