@@ -3,7 +3,7 @@ log in. What it answers is its subclass's.
 """
 
 import contextlib
-import select
+import selectors
 import socket
 import ssl
 import struct
@@ -98,10 +98,14 @@ def _hang_up(one: socket.socket) -> None:
 
 def received(*sides: ssl.SSLSocket) -> Iterator[tuple[ssl.SSLSocket, bytes]]:
     """Who says what, until one of them hangs up. In one thread: two may not read and write a TLS connection at once."""
-    while True:
-        waiting = [one for one in sides if one.pending()]
-        for one in waiting or select.select(sides, [], [])[0]:
-            said = one.recv(CHUNK)
-            if not said:
-                return
-            yield one, said
+    # Not `select`, which takes no descriptor from 1024 on: a process of many tests has as many.
+    with selectors.DefaultSelector() as selector:
+        for side in sides:
+            selector.register(side, selectors.EVENT_READ, side)
+        while True:
+            waiting = [one for one in sides if one.pending()]
+            for one in waiting or [key.data for key, _ in selector.select()]:
+                said = one.recv(CHUNK)
+                if not said:
+                    return
+                yield one, said
