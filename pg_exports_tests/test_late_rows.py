@@ -11,13 +11,18 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from dagster._core.definitions.sensor_definition import SensorExecutionData
+from dagster._core.remote_origin import InProcessCodeLocationOrigin
 from dagster._core.scheduler.instigation import SensorInstigatorData
 from dagster._core.test_utils import create_test_daemon_workspace_context, freeze_time
+from dagster._core.types.loadable_target_origin import LoadableTargetOrigin
 from dagster._core.workspace.load_target import ModuleTarget
 from dagster._daemon.sensor import execute_sensor_iteration
+from dagster._grpc.impl import get_external_sensor_execution
 
 from pg_exports import PostgresExport, PostgresIOManager, late_rows
 from pg_exports.partitions import IntervalLength
+from pg_exports.postgres.watchdog import open_sockets
 from pg_exports.sandbox import Sandbox
 from pg_exports.sandbox.certificates import HOST
 from pg_exports.sandbox.servers import DATABASE, ROLE
@@ -498,6 +503,32 @@ def test_the_sensor_runs_as_often_as_its_intervals_end_unless_the_export_is_paus
 
 
 # In a deployment
+
+
+def test_a_code_server_keeps_no_connection_of_a_tick(
+    source: Source, target: Target, run: RunExport, hour: datetime
+) -> None:
+    source.insert("events", event(hour))
+    export = export_of("events", target, hour)
+    assert run(export, partition_key(hour)).error is None
+    resources = {
+        "clickhouse": source.resource(),
+        "postgres_io_manager": PostgresIOManager(postgres=target.resource()),
+    }
+    repository = dg.Definitions.merge(export.build_defs(None), dg.Definitions(resources=resources)).get_repository_def()
+    origin = InProcessCodeLocationOrigin(LoadableTargetOrigin(module_name="unused"))
+    with dg.instance_for_test() as instance:
+        ticks = [
+            (
+                get_external_sensor_execution(
+                    repository, origin, instance.get_ref(), "events_late_rows", None, None, None, None, None
+                ),
+                len(open_sockets()),
+            )
+            for _ in range(4)
+        ]
+    assert all(isinstance(done, SensorExecutionData) and done.cursor for done, _ in ticks)
+    assert len({sockets for _, sockets in ticks}) == 1
 
 
 def test_the_daemon_requests_late_rows_of_every_model_again_until_a_run_has_brought_them(

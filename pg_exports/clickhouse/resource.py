@@ -68,6 +68,11 @@ class ClickHouseResource(FixedAtLaunch, dg.ConfigurableResource):  # type: ignor
         """Where the server is, for messages."""
         return f"{'https' if self.secure else 'http'}://{self.host}:{self.port or (8443 if self.secure else 8123)}"
 
+    def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
+        """Close the connections, as Dagster calls it after each run and each sensor's tick: a code server lives for weeks."""
+        if self._connections is not None:
+            self._connections.clear()
+
     @contextlib.contextmanager
     def frames(
         self,
