@@ -316,7 +316,7 @@ def test_a_worker_runs_an_export_for_them(cluster_host: Host, public: None, hour
     # The worker itself says what it has run: the journal of a busy machine lags behind.
     stats = cluster_host.as_service(*app, "inspect", "stats")
     assert "1 node online" in stats.stdout, stats.stdout + stats.stderr
-    assert '"execute_job": 1' in stats.stdout, stats.stdout + machine.log("pg-exports-worker")
+    assert re.search(r'"execute_job": [1-9]', stats.stdout), stats.stdout + machine.log("pg-exports-worker")
     assert machine.shell("ls /var/lib/pg_exports").split() == ["dagster.yaml", "storage"]
 
 
